@@ -1,0 +1,34 @@
+# make pilot   installs into .venv, fetches the model and the data, runs examples/pilot.yaml
+# make test    installs into .venv, checks style and types, runs the tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
+
+.PHONY: pilot test bench clean
+
+pilot: $(VENV)/.installed
+	$(BIN)/fourscore run examples/pilot.yaml
+
+test: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "fourscore needs Python 3.11 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BIN)/python $(SOURCES)
+	$(PIP) install --quiet -c constraints.txt 'torch==2.13.0'
+	$(PIP) install --quiet -c constraints.txt -e '.[gguf]'
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf build $(VENV)
