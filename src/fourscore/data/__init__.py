@@ -1,1 +1,18 @@
-"""data."""
+"""Somebody's data, read once: rows to chats, split by group, tokens and loss mask, and everything that is wrong with it."""
+
+from fourscore.data.rows import PARTS, Part, Row, read_rows, write_rows
+from fourscore.data.template import Rendered, answer_ids, end_of_turn, prompt_hash, render_prompt, render_row
+
+__all__ = [
+    "PARTS",
+    "Part",
+    "Rendered",
+    "Row",
+    "answer_ids",
+    "end_of_turn",
+    "prompt_hash",
+    "read_rows",
+    "render_prompt",
+    "render_row",
+    "write_rows",
+]
