@@ -155,8 +155,11 @@ def read_jsonl(path: str | Path) -> list[Any]:
 
 
 @contextlib.contextmanager
-def locked(path: str | Path, what: str) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`; a FourscoreError at once when another process holds it."""
+def locked(path: str | Path, what: str) -> Iterator[int]:
+    """Hold an exclusive lock on the file `path`; a FourscoreError at once when another process holds it.
+
+    Yields the file descriptor: a child process that inherits it holds the lock as long as it lives.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:
@@ -175,7 +178,7 @@ def locked(path: str | Path, what: str) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         try:
-            yield
+            yield file.fileno()
         finally:
             file.seek(0)
             file.truncate()

@@ -7,6 +7,7 @@ and the remedy. This module knows nothing of torch, of models or of how a step r
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -66,11 +67,15 @@ class Data(Strict):
     licence: str | None = Field(
         None, description="SPDX expression, for example `CC-BY-SA-4.0`, or `LicenseRef-own` for your own data. Unknown is reported."
     )
-    where: dict[str, str | int | float | bool] = Field({}, description="Keep only rows whose column equals this value; the rest is counted.")
+    where: dict[str, str | int | float | bool] = Field(
+        {}, description="Keep only rows whose column equals this value; the rest is counted."
+    )
     prompt: Prompt
     choices: list[str] = Field([], description="The permitted answers. A row with another answer is an error. Empty: free text.")
     group: list[str] = Field(
-        [], max_length=2, description="Columns whose equal values belong together (a passage, a customer): one or two. Empty: each row alone."
+        [],
+        max_length=2,
+        description="Columns whose equal values belong together (a passage, a customer): one or two. Empty: each row alone.",
     )
     split: Split = Split()
     train_rows: int | None = Field(None, gt=0, description="At most this many training rows, drawn at random. Empty: all.")
@@ -177,7 +182,9 @@ class Cost(Strict):
     currency: str = Field("EUR", description="Currency of the prices.")
     machine_price: float = Field(600.0, ge=0, description="What the machine cost, shared over its lifetime.")
     machine_years: float = Field(4.0, gt=0, description="Years of use over which the machine's price is spread.")
-    watts: float | None = Field(None, gt=0, description="Measured power under load (a wall meter). Empty: meter of the processor, else an estimate.")
+    watts: float | None = Field(
+        None, gt=0, description="Measured power under load (a wall meter). Empty: meter of the processor, else an estimate."
+    )
 
 
 class Study(Strict):
@@ -196,7 +203,9 @@ class Study(Strict):
     @model_validator(mode="after")
     def _trivial_needs_choices(self) -> Study:
         if not self.data.choices and "likelihood" in self.evaluate.gain.scores:
-            raise ValueError("`evaluate.gain.scores` asks for likelihood, which needs `data.choices`: list them, or ask for `generated` alone")
+            raise ValueError(
+                "`evaluate.gain.scores` asks for likelihood, which needs `data.choices`: list them, or ask for `generated` alone"
+            )
         return self
 
     def digest(self) -> str:
@@ -205,7 +214,10 @@ class Study(Strict):
 
 
 def read_study(path: str | Path) -> Study:
-    """Read and check a study file (YAML). Raises FourscoreError with file, line and remedy."""
+    """Read and check a study file (YAML). A data file is looked for beside the study file, then in the current folder.
+
+    Raises FourscoreError with file, line and remedy.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -213,7 +225,11 @@ def read_study(path: str | Path) -> Study:
         raise FourscoreError("no such study file", where=str(path), todo="make one with `fourscore init DATA`") from None
     except (OSError, UnicodeDecodeError) as error:
         raise FourscoreError(f"the study file cannot be read ({error})", where=str(path), todo="check the path and its rights") from None
-    return parse_study(text, where=str(path))
+    study = parse_study(text, where=str(path))
+    beside = path.parent / study.data.source
+    if study.data.source.startswith(("wheel:", "hub:")) or not beside.exists():
+        return study
+    return study.model_copy(update={"data": study.data.model_copy(update={"source": os.path.relpath(beside)})})
 
 
 def parse_study(text: str, where: str = "study") -> Study:

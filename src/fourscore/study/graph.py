@@ -1,0 +1,199 @@
+"""The steps of a pilot study, in an order in which each finds what it needs.
+
+base -> data -> plan
+          |-> train-<seed> ...      one adapter a seed
+          |-> evaluate-<arm> ...    each arm in its own process; base-16bit first, the others are compared with it
+          '-> floor -> verdict -> report
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fourscore.files import FourscoreError, read_json, write_json
+from fourscore.spec import Study
+from fourscore.study.steps import Context, Step
+
+FLOOR_ITEMS = 200  # items a task of the A/A floor: enough to see a drift between the engine's two paths
+
+
+def graph_of(study: Study) -> list[Step]:
+    """All steps of a study, in order."""
+    whole = study.model_dump(mode="json")
+    model, data, train = whole["model"], whole["data"], whole["train"]
+    recipe = {k: v for k, v in train.items() if k != "seeds"}
+    measured = {
+        "evaluate": {k: v for k, v in whole["evaluate"].items() if k not in ("arms", "gain", "confidence")},
+        "data": data["choices"],
+    }
+    steps = [
+        Step(
+            "base", (), {"model": {k: model[k] for k in ("name", "source", "revision")}}, fetch_base, title=f"base model {study.model.name}"
+        ),
+        Step("data", ("base",), {"data": data}, prepare_data, title="data: read, split, check"),
+        Step("plan", ("base", "data"), {"study": whole}, make_plan, pure=(), title="plan: does it fit, how long"),
+    ]
+    trained = {"train": recipe, "model": model}
+    for seed in study.train.seeds:
+        steps.append(
+            Step(
+                f"train-{seed}",
+                ("base", "data"),
+                {**trained, "seed": seed},
+                train_adapter,
+                ("adapter/*", "result.json"),
+                f"train, seed {seed}",
+            )
+        )
+    arms = [arm for arm in study.evaluate.arms if arm not in ("base-16bit", "qlora")]
+    pure = ("items/*", "top.npz")
+    steps.append(Step("evaluate-base-16bit", ("base", "data"), measured, evaluate_base, pure, "measure base-16bit, the reference"))
+    for arm in arms:
+        settings = measured if arm == "trivial" else {**measured, "model": model}
+        steps.append(Step(f"evaluate-{arm}", ("base", "data", "evaluate-base-16bit"), settings, evaluate_base, pure, f"measure {arm}"))
+    adapters = tuple(f"train-{seed}" for seed in study.train.seeds)
+    for seed in study.train.seeds:
+        needs = ("base", "data", "evaluate-base-16bit", f"train-{seed}")
+        settings = {**measured, "model": model}
+        steps.append(Step(f"evaluate-qlora-{seed}", needs, settings, evaluate_adapter, pure, f"measure qlora, seed {seed}"))
+    steps.append(Step("floor", ("base", "data", *adapters), {**measured, "items": FLOOR_ITEMS}, measure_floor, ("items/*",), "A/A floor"))
+    measures = tuple(s.name for s in steps if s.name.startswith("evaluate-"))
+    decided = {"evaluate": whole["evaluate"], "seeds": train["seeds"]}
+    steps.append(Step("verdict", (*adapters, *measures, "floor"), decided, decide, title="verdict"))
+    everything = tuple(s.name for s in steps)
+    steps.append(Step("report", everything, {"study": whole}, write_report, title="report"))
+    return steps
+
+
+def base_folder(study: Study) -> Path:
+    """The base model's transformers directory, fetched when it is not there."""
+    from fourscore.model import pull
+
+    return pull(study.model.name, study.model.source, study.model.revision)
+
+
+def fetch_base(context: Context) -> None:
+    """Fetch the base model and write down what it is."""
+    from fourscore.model import base_sha256, describe
+
+    folder = base_folder(context.study)
+    info = describe(context.study.model.name)
+    write_json(
+        context.out / "base.json",
+        {
+            "name": info.name if info else context.study.model.name,
+            "licence": info.licence if info else None,
+            "note": info.note if info else "",
+            "sha256": base_sha256(folder),
+        },
+    )
+
+
+def prepare_data(context: Context) -> None:
+    """Read, map, split and check the rows."""
+    from transformers import AutoTokenizer
+
+    from fourscore.data import prepare
+
+    prepare(context.study.data, AutoTokenizer.from_pretrained(base_folder(context.study)), context.out)
+
+
+def make_plan(context: Context) -> None:
+    """Predict time and memory from a probe; an impossible study stops here."""
+    from fourscore.study.plan import plan
+
+    write_json(context.out / "plan.json", plan(context.study, base_folder(context.study), context.folders["data"]))
+
+
+def train_adapter(context: Context) -> None:
+    """Train one adapter on the 4-bit base."""
+    from fourscore.data import read_rows
+    from fourscore.model import add_lora, load
+    from fourscore.train import train
+
+    study, seed = context.study, int(context.step.removeprefix("train-"))
+    model = load(
+        base_folder(study), weights="nf4", block_size=study.model.block_size, double_quant=study.model.double_quant, trainable=True
+    )
+    data = context.folders["data"]
+    result = train(
+        add_lora(model, study.train, seed), read_rows(data, "train"), read_rows(data, "validation"), study.train, seed, context.out
+    )
+    write_json(context.out / "result.json", {"validation_loss": result.validation_loss, "adapter_sha256": result.adapter_sha256})
+
+
+def evaluate_base(context: Context) -> None:
+    """Measure an arm without an adapter."""
+    _evaluate(context, context.step.removeprefix("evaluate-"), None, None)
+
+
+def evaluate_adapter(context: Context) -> None:
+    """Measure one seed's adapter."""
+    seed = int(context.step.removeprefix("evaluate-qlora-"))
+    _evaluate(context, "qlora", seed, context.folders[f"train-{seed}"] / "adapter")
+
+
+def _evaluate(context: Context, arm: str, seed: int | None, adapter: Path | None) -> None:
+    from fourscore.evaluate import evaluate_arm
+
+    evaluate_arm(
+        arm,
+        seed,
+        context.study,
+        base_folder(context.study),
+        context.folders["data"],
+        context.out,
+        adapter=adapter,
+        reference=context.folders.get("evaluate-base-16bit"),
+    )
+
+
+def measure_floor(context: Context) -> None:
+    """The adapter that ships, once more, through the engine's other path: what differs is the instrument's own noise."""
+    from fourscore.evaluate import evaluate_arm
+
+    seed = shipped_seed(context)
+    evaluate_arm(
+        "qlora",
+        seed,
+        context.study,
+        base_folder(context.study),
+        context.folders["data"],
+        context.out,
+        adapter=context.folders[f"train-{seed}"] / "adapter",
+        path="plain",
+        limit=FLOOR_ITEMS,
+    )
+
+
+def losses_of(context: Context) -> dict[int, dict[str, Any]]:
+    """Seed -> its validation loss and the hash of its adapter."""
+    return {seed: read_json(context.folders[f"train-{seed}"] / "result.json") for seed in context.study.train.seeds}
+
+
+def shipped_seed(context: Context) -> int:
+    """The seed with the lowest validation loss; never chosen by evaluation items."""
+    losses = losses_of(context)
+    return min(losses, key=lambda seed: (losses[seed]["validation_loss"], seed))
+
+
+def decide(context: Context) -> None:
+    """Derive verdict.json from the items, and put the adapter that ships beside it."""
+    import shutil
+
+    from fourscore.study.verdict import derive, read_arms
+
+    seed = shipped_seed(context)
+    verdict = derive(context.study, read_arms(context.study, context.folders), losses_of(context), seed)
+    write_json(context.out / "verdict.json", verdict)
+    shutil.copytree(context.folders[f"train-{seed}"] / "adapter", context.out / "adapter", dirs_exist_ok=True)
+
+
+def write_report(context: Context) -> None:
+    """The page, the card and the machine-readable report, from the published files."""
+    from fourscore import report
+
+    if not (context.run / "verdict.json").is_file():
+        raise FourscoreError("the report needs verdict.json", where=str(context.run), todo="run `fourscore run` on the study")
+    report.write(context.run, context.out)
