@@ -29,7 +29,8 @@ class FourscoreError(Exception):
 
     def __str__(self) -> str:
         line = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{line}. {self.todo[:1].upper()}{self.todo[1:]}." if self.todo else f"{line}."
+        todo = self.todo[:1].upper() + self.todo[1:]
+        return " ".join(part if part[-1] in ".?!" else part + "." for part in (line, todo) if part)
 
 
 def cache_dir() -> Path:

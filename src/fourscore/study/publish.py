@@ -27,9 +27,7 @@ def places(done: Mapping[str, Finished]) -> Iterator[tuple[str, str, Finished]]:
                 yield f"measures/{rest}.json", output, step
             elif word == "floor" and output.startswith("items/"):
                 yield f"items/floor/{output.removeprefix('items/')}", output, step
-            elif word == "verdict":
-                yield output, output, step
-            elif word == "report":
+            elif word == "verdict" or word == "report":
                 yield output, output, step
 
 

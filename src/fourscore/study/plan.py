@@ -1,0 +1,153 @@
+"""What a study will take, predicted from a probe of its real steps: one optimiser step on the longest rows, a few items an arm.
+
+The report sets these predictions beside what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fourscore import stats
+from fourscore.files import FourscoreError, read_json
+from fourscore.progress import duration
+from fourscore.spec import Study
+
+PROBE_ITEMS = 8  # items a task: enough for a speed, seconds to run
+GUESSED_DISCORDANCE = 0.2  # share of items on which two arms differ, before anything is measured
+
+
+def plan(study: Study, base: Path, data: Path) -> dict[str, Any]:
+    """The content of plan.json: predicted seconds, memory, energy and money, and the smallest differences the study could show.
+
+    Raises FourscoreError when a row could not be trained on.
+    """
+    from fourscore.machine import describe_machine, power
+
+    check = read_json(data / "check.json")
+    probe = _probe(study, base, data, "train")
+    memory = int(study.memory_gb * 2**30) if study.memory_gb else describe_machine().memory_bytes
+    tokens = sum(_training_tokens(study, data))
+    train_seconds = len(study.train.seeds) * (tokens / probe["tokens"] * probe["seconds"] + probe["load_seconds"])
+    evaluate_seconds = _evaluate_seconds(study, base, data, check)
+    total = train_seconds + evaluate_seconds
+    watts = power(study.cost.watts)
+    kwh = watts.watts * total / 3.6e6
+    return {
+        "model_bytes": probe["model_bytes"],
+        "predicted": {
+            "train_seconds": train_seconds,
+            "train_peak_rss_bytes": probe["peak_rss_bytes"],
+            "evaluate_seconds": evaluate_seconds,
+            "total_seconds": total,
+            "energy_kwh": kwh,
+            "money": kwh * study.cost.price_per_kwh,
+        },
+        "power": asdict(watts),
+        "machine": asdict(describe_machine()),
+        "fits": probe["peak_rss_bytes"] <= memory,
+        "memory_limit_bytes": memory,
+        "probe": {k: probe[k] for k in ("seconds", "tokens", "peak_rss_bytes")},
+        "training_tokens": tokens,
+        "smallest_effect": _smallest_effects(study, check),
+        "warnings": list(check["warnings"]),
+    }
+
+
+def _training_tokens(study: Study, data: Path) -> tuple[int, int]:
+    """Tokens of forward and backward over all epochs, and validation tokens at a third of the price (forward only)."""
+    check = read_json(data / "check.json")
+    rows = max(1, check["rows"]["train"])
+    trained = int(check["tokens"]["train"] * study.train.epochs)
+    validated = int(check["tokens"]["train"] / rows * check["rows"]["validation"] * (study.train.evaluations + 1) / 3)
+    return trained, validated
+
+
+def _probe(study: Study, base: Path, data: Path, what: str) -> dict[str, Any]:
+    """Run a probe in a process of its own, so that the peak memory is the probe's."""
+    order = json.dumps({"study": study.model_dump(mode="json"), "base": str(base), "data": str(data)})
+    done = subprocess.run([sys.executable, "-m", "fourscore.study.plan", what], input=order, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise FourscoreError(
+            f"the {what} probe ended with exit code {done.returncode}" + (" (out of memory?)" if done.returncode == -9 else ""),
+            todo="lower `train.tokens_per_step` or `data.max_tokens`, or run again with --debug",
+        )
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return told
+
+
+def probe_training(study: Study, base: Path, data: Path) -> dict[str, Any]:
+    """One optimiser step on the longest rows, with the 4-bit base and a fresh adapter."""
+    import time
+
+    from fourscore.data import read_rows
+    from fourscore.model import add_lora, load
+    from fourscore.train import probe
+
+    started = time.monotonic()
+    model = load(base, weights="nf4", block_size=study.model.block_size, double_quant=study.model.double_quant, trainable=True)
+    model = add_lora(model, study.train, study.train.seeds[0])
+    load_seconds = time.monotonic() - started
+    taken = probe(model, read_rows(data, "train"), study.train)
+    return {
+        "seconds": taken.seconds,
+        "tokens": taken.tokens,
+        "peak_rss_bytes": taken.peak_rss_bytes,
+        "load_seconds": load_seconds,
+        "model_bytes": model.disk_bytes,
+    }
+
+
+def _evaluate_seconds(study: Study, base: Path, data: Path, check: Mapping[str, Any]) -> float:
+    """Seconds of all evaluation steps, from a few items of the reference and of the 4-bit arm."""
+    from fourscore.evaluate import evaluate_arm
+
+    items = {"desk": check["rows"]["evaluation"]} | {skill.task: skill.items for skill in study.evaluate.keep}
+    seconds = {}
+    for arm in ("base-16bit", "base-nf4"):
+        with tempfile.TemporaryDirectory() as folder:
+            told = evaluate_arm(arm, None, study, base, data, Path(folder), limit=PROBE_ITEMS)
+        whole = told["seconds"]
+        for task, measured in told["tasks"].items():
+            whole += measured["seconds"] * (items[task] / measured["items"] - 1)
+        seconds[arm] = whole
+    arms = [arm for arm in study.evaluate.arms if arm not in ("trivial", "base-16bit", "qlora")]
+    return seconds["base-16bit"] + seconds["base-nf4"] * (len(arms) + len(study.train.seeds) + 1)
+
+
+def _smallest_effects(study: Study, check: Mapping[str, Any]) -> dict[str, float]:
+    desk = check["rows"]["evaluation"]
+    clusters = check["groups"]["evaluation"] if study.data.group else desk
+    confidence = study.evaluate.confidence
+    effects = {"desk": stats.smallest_effect_before(desk, min(clusters, desk), GUESSED_DISCORDANCE, confidence=confidence)}
+    for skill in study.evaluate.keep:
+        effects[skill.task] = stats.smallest_effect_before(skill.items, None, GUESSED_DISCORDANCE, confidence=confidence)
+    return effects
+
+
+def plan_text(told: Mapping[str, Any]) -> str:
+    """plan.json for people."""
+    predicted = told["predicted"]
+    gib = 2**30
+    lines = [
+        f"fits in memory   {'yes' if told['fits'] else 'NO'}: training needs {predicted['train_peak_rss_bytes'] / gib:.2f} GiB, "
+        f"{told['memory_limit_bytes'] / gib:.1f} GiB may be used (the 4-bit model is {told['model_bytes'] / 2**20:,.0f} MiB)",
+        f"training         {duration(predicted['train_seconds'])} (probe: {told['probe']['tokens']:,} tokens in {told['probe']['seconds']:.1f} s)",
+        f"measuring        {duration(predicted['evaluate_seconds'])}",
+        f"together         {duration(predicted['total_seconds'])}, {predicted['energy_kwh'] * 1000:.0f} Wh ({told['power']['method']})",
+        "could show       "
+        + ", ".join(f"{100 * effect:.1f} points on {task}" for task, effect in told["smallest_effect"].items())
+        + f" (80% power, if {100 * GUESSED_DISCORDANCE:.0f}% of the answers differ)",
+    ]
+    return "\n".join([*lines, *(f"warning          {line}" for line in told["warnings"])])
+
+
+if __name__ == "__main__":
+    asked = json.loads(sys.stdin.read())
+    print(json.dumps(probe_training(Study.model_validate(asked["study"]), Path(asked["base"]), Path(asked["data"]))))
