@@ -12,8 +12,10 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 
 NEAR = 0.8
+_ROUNDING = 1e-9  # 0.8 * 5 must count as 4
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -33,49 +35,61 @@ def repeats(keys: Sequence[str]) -> list[int]:
     return found
 
 
-def near_pairs(texts: Sequence[str]) -> list[tuple[int, int]]:
-    """All pairs (i, j), i < j, of normalised texts that differ and whose word pairs have a Jaccard index of at least 0.8.
+def near_duplicates(train: Sequence[str], evaluation: Sequence[str]) -> tuple[int, int]:
+    """Near duplicates among normalised texts: how many within `train`, and how many of `evaluation` are near one of `train`.
 
-    Punctuation counts as words; a text of one word has that word alone. Word pairs that stand in more than half of the
-    texts are the prompt's own wording and are left out (from 10 texts on). Equal texts are compared once.
+    Two texts that differ are near when the Jaccard index of their sets of word pairs is at least 0.8. Punctuation counts
+    as words; a text of one word has that word alone. Word pairs that stand in more than half of all texts are the prompt's
+    own wording and are left out (from 10 texts on). The first count is of rows beyond the first of each family of rows
+    that nearness links; equal texts are one row here.
     """
-    where: dict[str, list[int]] = defaultdict(list)
-    for position, text in enumerate(texts):
-        where[text].append(position)
-    distinct = list(where)
-    pairs = []
-    for a, b in _near_sets(_pair_sets(distinct)):
-        pairs.extend((min(i, j), max(i, j)) for i in where[distinct[a]] for j in where[distinct[b]])
-    return sorted(pairs)
+    ours, theirs = list(dict.fromkeys(train)), [t for t in evaluation if t not in set(train)]
+    sets = _pair_sets([*ours, *theirs])
+    train_sets = [s for s in sets[: len(ours)] if s]
+    holders: dict[int, list[int]] = defaultdict(list)
+    family = list(range(len(train_sets)))
+    links = 0
+    for i, pairs in enumerate(train_sets):
+        for j in _candidates(pairs, holders):
+            if _root(family, i) != _root(family, j) and _near(pairs, train_sets[j]):
+                family[_root(family, i)] = _root(family, j)
+                links += 1
+        for element in _prefix(pairs):
+            holders[element].append(i)
+    near = sum(any(_near(pairs, train_sets[j]) for j in _candidates(pairs, holders)) for pairs in sets[len(ours) :] if pairs)
+    return links, near
 
 
-def _pair_sets(texts: Sequence[str]) -> list[list[int]]:
-    """Each text's word pairs as numbers, rarest first."""
+def _pair_sets(texts: Sequence[str]) -> list[dict[int, None]]:
+    """Each text's word pairs as numbers, rarest first (a dict: an ordered set)."""
     sets: list[set[tuple[str, ...]]] = []
     for text in texts:
         words = _WORD.findall(text)
-        sets.append(set(zip(words, words[1:])) if len(words) > 1 else {tuple(words)} if words else set())
+        sets.append(set(pairwise(words)) if len(words) > 1 else {tuple(words)} if words else set())
     frequency = Counter(pair for pairs in sets for pair in pairs)
     common = {pair for pair, n in frequency.items() if n > len(texts) / 2} if len(texts) >= 10 else set()
     rank = {pair: place for place, pair in enumerate(sorted(frequency, key=lambda p: (frequency[p], p)))}
-    return [sorted(rank[pair] for pair in pairs if pair not in common) for pairs in sets]
+    return [dict.fromkeys(sorted(rank[pair] for pair in pairs if pair not in common)) for pairs in sets]
 
 
-def _near_sets(sets: Sequence[list[int]]) -> list[tuple[int, int]]:
-    """Indices of the sets (sorted, rarest first) with a Jaccard index of at least NEAR."""
-    by_size = sorted((i for i, s in enumerate(sets) if s), key=lambda i: len(sets[i]))
-    members = [frozenset(s) for s in sets]
-    holders: dict[int, list[int]] = defaultdict(list)
-    found = []
-    for i in by_size:
-        size = len(sets[i])
-        # J >= t needs an overlap of at least t * |larger|: one shared element must stand before the last ceil(t * size) - 1
-        prefix = sets[i][: size - math.ceil(NEAR * size - 1e-9) + 1]
-        candidates = {j for element in prefix for j in holders[element] if len(sets[j]) >= NEAR * size - 1e-9}
-        for j in candidates:
-            shared = len(members[i] & members[j])
-            if shared >= NEAR * (size + len(sets[j]) - shared) - 1e-9:
-                found.append((min(i, j), max(i, j)))
-        for element in prefix:
-            holders[element].append(i)
-    return found
+def _prefix(pairs: dict[int, None]) -> list[int]:
+    """The rarest elements, of which any near set must hold one: J >= t needs an overlap of at least t times the size."""
+    return list(pairs)[: len(pairs) - math.ceil(NEAR * len(pairs) - _ROUNDING) + 1]
+
+
+def _candidates(pairs: dict[int, None], holders: dict[int, list[int]]) -> set[int]:
+    return {i for element in _prefix(pairs) for i in holders.get(element, ())}
+
+
+def _near(a: dict[int, None], b: dict[int, None]) -> bool:
+    if min(len(a), len(b)) < NEAR * max(len(a), len(b)) - _ROUNDING:
+        return False
+    shared = len(a.keys() & b.keys())
+    return shared >= NEAR * (len(a) + len(b) - shared) - _ROUNDING
+
+
+def _root(family: list[int], i: int) -> int:
+    while family[i] != i:
+        family[i] = family[family[i]]  # halve the path, so that long chains stay cheap
+        i = family[i]
+    return i

@@ -48,7 +48,7 @@ def map_rows(table: Table, data: Data) -> tuple[list[Example], int]:
         empty = [row.number for row, text in zip(kept, texts[field]) if not text]
         if empty:
             raise FourscoreError(
-                f"{_count(empty, 'row')} with an empty {'user message' if field == 'user' else 'answer'} ({_numbers(empty)})",
+                f"{name_rows(empty)} with an empty {'user message' if field == 'user' else 'answer'}",
                 where=table.source,
                 todo=f"mend those rows, leave them out with `data.where`, or change `data.prompt.{field}`",
             )
@@ -162,7 +162,7 @@ def _render_all(text: str, rows: list[SourceRow], table: Table, field: str) -> l
             raise FourscoreError(f"`{field}` fails on row {row.number}: {error}", where=table.source, todo="correct the template") from None
     if lacking:
         raise FourscoreError(
-            f"`{field}` cannot be filled in {_count(lacking, 'row')} ({_numbers(lacking)}): {why}",
+            f"`{field}` cannot be filled in {name_rows(lacking)}: {why}",
             where=table.source,
             todo="mend those rows, leave them out with `data.where`, or give a default: `{{ column or '' }}`",
         )
@@ -182,11 +182,7 @@ def _check_choices(rows: list[SourceRow], answers: list[str], choices: list[str]
         )
 
 
-def _count(numbers: list[int], noun: str) -> str:
-    return f"{len(numbers):,} {noun}{'' if len(numbers) == 1 else 's'}"
-
-
-def _numbers(numbers: list[int]) -> str:
-    """Row numbers for people: the first few, and that there are more."""
+def name_rows(numbers: list[int]) -> str:
+    """Row numbers for people: how many, the first few, and that there are more: `3 rows (1, 4, 9)`."""
     shown = ", ".join(str(n) for n in numbers[:SHOWN])
-    return f"{'row' if len(numbers) == 1 else 'rows'} {shown}" + (", ..." if len(numbers) > SHOWN else "")
+    return f"{len(numbers):,} row{'' if len(numbers) == 1 else 's'} ({shown}{', ...' if len(numbers) > SHOWN else ''})"
