@@ -45,7 +45,8 @@ def _type_of(field: FieldInfo) -> str:
     inner = _model_of(field)
     if inner:
         return "list of sections" if field.annotation is not inner else "section"
-    text = field.annotation.__name__ if isinstance(field.annotation, type) and not hasattr(field.annotation, "__args__") else str(field.annotation)
+    plain = isinstance(field.annotation, type) and not hasattr(field.annotation, "__args__")
+    text = getattr(field.annotation, "__name__", "") if plain else str(field.annotation)
     return text.replace("typing.", "").replace("Literal", "one of ").replace("|", "or")
 
 

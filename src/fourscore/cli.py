@@ -95,7 +95,7 @@ def pull(
 
     if show:
         listed = model.catalog()
-        lines = [f"{m.name}  {m.parameters / 1e6:,.0f} M  {m.licence}  {m.note}".rstrip() for m in listed]
+        lines = [f"{m.name}  {(m.parameters or 0) / 1e6:,.0f} M  {m.licence}  {m.note}".rstrip() for m in listed]
         _print(as_json, [dataclasses.asdict(m) for m in listed], "\n".join(lines))
         return
     if name is None:
@@ -116,12 +116,12 @@ def check(study: StudyFile, runs: Runs = RUNS, as_json: Json = False, debug: Deb
     Example: fourscore check examples/pilot.yaml
     """
     _mode(as_json, debug)
-    from fourscore.data import check_text
+    from fourscore.data import Check, check_text
     from fourscore.files import read_json
 
     folder = _run(study, runs, "data")["data"].folder
     told = read_json(folder / "check.json")
-    _print(as_json, told, None if as_json else check_text(told))
+    _print(as_json, told, None if as_json else check_text(Check.from_json(told)))
 
 
 @app.command()

@@ -42,9 +42,7 @@ def write_study(folder: Path, model: Path) -> Path:
             for _ in range(2):
                 word = rng.choice(list(words))
                 number = rng.randrange(10**6)
-                file.write(
-                    json.dumps({"customer": customer, "text": f"My {word} number {number} is wrong.", "desk": words[word]}) + "\n"
-                )
+                file.write(json.dumps({"customer": customer, "text": f"My {word} number {number} is wrong.", "desk": words[word]}) + "\n")
     study = folder / "study.yaml"
     study.write_text(
         f"""
@@ -85,7 +83,7 @@ def test_twenty_kills_change_nothing(tmp_path: Path, tiny_llama: Path):
         renames = rng.randrange(2, 14) if attempt % 2 else 0
         environment = os.environ | {"PYTHONPATH": str(tmp_path / "fault"), "DIE_BEFORE_RENAME": str(renames or "")}
         process = subprocess.Popen(
-            command(study, tmp_path / "killed"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            command(study, tmp_path / "killed"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         if not renames:
             # The pauses are spread so that twenty kills reach from the first step to the last.

@@ -20,12 +20,12 @@ def threads(study: Study) -> int:
 def describe(study: Study) -> dict[str, Any]:
     """Versions, kernels, dtype and threads: part of every step's key."""
     from fourscore import nf4
-    from fourscore.model import compute_dtype
+    from fourscore.machine import has_bf16
 
     return {
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "kernels": nf4.backend(),
-        "dtype": str(compute_dtype()).removeprefix("torch."),
+        "dtype": "bfloat16" if has_bf16() else "float32",
         "threads": threads(study),
         "machine": platform.machine(),
     }

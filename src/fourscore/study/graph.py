@@ -120,7 +120,7 @@ def train_adapter(context: Context) -> None:
     result = train(
         add_lora(model, study.train, seed), read_rows(data, "train"), read_rows(data, "validation"), study.train, seed, context.out
     )
-    write_json(context.out / "result.json", {"validation_loss": result.validation_loss, "adapter_sha256": result.adapter_sha256})
+    write_json(context.out / "result.json", {k: result.summary[k] for k in ("validation_loss", "adapter_sha256")})
 
 
 def evaluate_base(context: Context) -> None:

@@ -18,6 +18,7 @@ from fourscore import stats
 from fourscore.files import FourscoreError, read_json
 from fourscore.progress import duration
 from fourscore.spec import Study
+from fourscore.study import environment
 
 PROBE_ITEMS = 8  # items a task: enough for a speed, seconds to run
 GUESSED_DISCORDANCE = 0.2  # share of items on which two arms differ, before anything is measured
@@ -31,13 +32,14 @@ def plan(study: Study, base: Path, data: Path) -> dict[str, Any]:
     from fourscore.machine import describe_machine, power
 
     check = read_json(data / "check.json")
+    machine = describe_machine()
     probe = _probe(study, base, data, "train")
-    memory = int(study.memory_gb * 2**30) if study.memory_gb else describe_machine().memory_bytes
+    memory = int(study.memory_gb * 2**30) if study.memory_gb else machine.memory_bytes
     tokens = sum(_training_tokens(study, data))
     train_seconds = len(study.train.seeds) * (tokens / probe["tokens"] * probe["seconds"] + probe["load_seconds"])
     evaluate_seconds = _evaluate_seconds(study, base, data, check)
     total = train_seconds + evaluate_seconds
-    watts = power(study.cost.watts)
+    watts = power(study.cost.watts, machine.cpu, cores_used=environment.threads(study), virtual=machine.virtual)
     kwh = watts.watts * total / 3.6e6
     return {
         "model_bytes": probe["model_bytes"],
@@ -50,7 +52,7 @@ def plan(study: Study, base: Path, data: Path) -> dict[str, Any]:
             "money": kwh * study.cost.price_per_kwh,
         },
         "power": asdict(watts),
-        "machine": asdict(describe_machine()),
+        "machine": machine.to_json(),
         "fits": probe["peak_rss_bytes"] <= memory,
         "memory_limit_bytes": memory,
         "probe": {k: probe[k] for k in ("seconds", "tokens", "peak_rss_bytes")},
@@ -138,7 +140,8 @@ def plan_text(told: Mapping[str, Any]) -> str:
     lines = [
         f"fits in memory   {'yes' if told['fits'] else 'NO'}: training needs {predicted['train_peak_rss_bytes'] / gib:.2f} GiB, "
         f"{told['memory_limit_bytes'] / gib:.1f} GiB may be used (the 4-bit model is {told['model_bytes'] / 2**20:,.0f} MiB)",
-        f"training         {duration(predicted['train_seconds'])} (probe: {told['probe']['tokens']:,} tokens in {told['probe']['seconds']:.1f} s)",
+        f"training         {duration(predicted['train_seconds'])} "
+        f"(probe: {told['probe']['tokens']:,} tokens in {told['probe']['seconds']:.1f} s)",
         f"measuring        {duration(predicted['evaluate_seconds'])}",
         f"together         {duration(predicted['total_seconds'])}, {predicted['energy_kwh'] * 1000:.0f} Wh ({told['power']['method']})",
         "could show       "

@@ -64,7 +64,7 @@ def _check_graph(study: Study, done: dict[str, Finished]) -> list[str]:
 
 
 def _check_inputs(study: Study, done: dict[str, Finished]) -> list[str]:
-    from fourscore.data import source_sha256
+    from fourscore.data.sources import read_source
     from fourscore.model import base_sha256
     from fourscore.study.graph import base_folder
 
@@ -72,7 +72,7 @@ def _check_inputs(study: Study, done: dict[str, Finished]) -> list[str]:
     try:
         if base_sha256(base_folder(study)) != read_json(done["base"].folder / "base.json")["sha256"]:
             wrong.append(f"base model {study.model.name}: its files are not the ones that were measured")
-        if source_sha256(study.data) != read_json(done["data"].folder / "check.json")["sha256"]:
+        if read_source(study.data.source, study.data.sha256).sha256 != read_json(done["data"].folder / "check.json")["sha256"]:
             wrong.append(f"{study.data.source}: changed since it was read")
     except FourscoreError as error:
         wrong.append(str(error))
