@@ -1,6 +1,7 @@
 """Somebody's data, read once: rows to chats, split by group, tokens and loss mask, and everything that is wrong with it."""
 
 from fourscore.data.check import Check, check_text, check_view
+from fourscore.data.draft import draft_study
 from fourscore.data.prepare import prepare
 from fourscore.data.rows import PARTS, Part, Row, read_rows, write_rows
 from fourscore.data.template import Rendered, answer_ids, end_of_turn, prompt_hash, render_prompt, render_row
@@ -14,6 +15,7 @@ __all__ = [
     "answer_ids",
     "check_text",
     "check_view",
+    "draft_study",
     "end_of_turn",
     "prepare",
     "prompt_hash",

@@ -43,8 +43,8 @@ def near_duplicates(train: Sequence[str], evaluation: Sequence[str]) -> tuple[in
     own wording and are left out (from 10 texts on). The first count is of rows beyond the first of each family of rows
     that nearness links; equal texts are one row here.
     """
-    ours, theirs = list(dict.fromkeys(train)), [t for t in evaluation if t not in set(train)]
-    sets = _pair_sets([*ours, *theirs])
+    ours = dict.fromkeys(train)
+    sets = _pair_sets([*ours, *(text for text in evaluation if text not in ours)])
     train_sets = [s for s in sets[: len(ours)] if s]
     holders: dict[int, list[int]] = defaultdict(list)
     family = list(range(len(train_sets)))
