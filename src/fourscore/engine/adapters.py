@@ -1,0 +1,79 @@
+"""LoRA adapters on one network: loaded by name from PEFT folders, one selected at a time.
+
+Between calls the network is as it was loaded: with its own adapter when it came with one, else without any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fourscore.files import FourscoreError
+
+
+class Adapters:
+    """The adapters of a network. `network` is the bare CausalLM, which the adapters' layers are part of."""
+
+    def __init__(self, network: nn.Module, folders: dict[str, Path]) -> None:
+        from peft import PeftModel
+
+        self._peft: Any = network if isinstance(network, PeftModel) else None
+        self._loaded: str | None = self._peft.active_adapter if self._peft is not None else None
+        self.names = sorted(folders)
+        for name, folder in folders.items():
+            self._load(network, name, Path(folder))
+        self._check_kinds()
+        self.network: nn.Module = self._peft.get_base_model() if self._peft is not None else network
+        self._restore()
+
+    def _load(self, network: nn.Module, name: str, folder: Path) -> None:
+        from peft import PeftModel
+
+        if self._peft is not None and name in self._peft.peft_config:
+            raise FourscoreError(f"the model already has an adapter `{name}`", where=str(folder), todo="give it another name")
+        if not (folder / "adapter_config.json").is_file():
+            raise FourscoreError("not an adapter: no adapter_config.json", where=str(folder), todo="give the folder that training wrote")
+        try:
+            if self._peft is None:
+                self._peft = PeftModel.from_pretrained(network, str(folder), adapter_name=name)
+            else:
+                self._peft.load_adapter(str(folder), adapter_name=name)
+        except (RuntimeError, ValueError, KeyError, OSError) as error:
+            raise FourscoreError(f"the adapter does not fit the model ({str(error).splitlines()[0]})", where=str(folder)) from error
+
+    def _check_kinds(self) -> None:
+        for name, config in (self._peft.peft_config if self._peft is not None else {}).items():
+            if config.is_prompt_learning:
+                raise FourscoreError(f"adapter `{name}` ({config.peft_type.value}) adds tokens to the prompt", todo="use a LoRA adapter")
+
+    def _restore(self) -> None:
+        if self._peft is None:
+            return
+        if self._loaded is None:
+            self._peft.base_model.disable_adapter_layers()
+        else:
+            self._peft.base_model.set_adapter(self._loaded)
+
+    @contextmanager
+    def selected(self, name: str | None) -> Iterator[None]:
+        """Run the block with the adapter `name`; None: the network as it was loaded. An unknown name is a FourscoreError."""
+        if name is None:
+            yield
+            return
+        known = list(self._peft.peft_config) if self._peft is not None else []
+        if name not in known:
+            todo = f"known: {', '.join(known)}" if known else "load it with Engine(model, adapters={name: folder})"
+            raise FourscoreError(f"no adapter named `{name}`", todo=todo)
+        asks_gradient = [(p, p.requires_grad) for p in self._peft.parameters()]  # PEFT's set_adapter changes it
+        self._peft.base_model.enable_adapter_layers()
+        self._peft.base_model.set_adapter(name, inference_mode=True)
+        try:
+            yield
+        finally:
+            self._restore()
+            for parameter, asked in asks_gradient:
+                parameter.requires_grad_(asked)

@@ -1,0 +1,252 @@
+"""The engine: scores and generates with a loaded model, over transformers' own modelling code.
+
+It works on token ids: what a prompt looks like is the business of `data`, what an answer is worth that of `evaluate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from fourscore.engine.adapters import Adapters
+from fourscore.engine.decode import DecodeState, Generation, batches, decode, next_logits, sampler
+from fourscore.engine.packing import packs
+from fourscore.engine.runner import Runner, packing_fault
+from fourscore.files import FourscoreError
+from fourscore.progress import say
+
+if TYPE_CHECKING:
+    from fourscore.model import Model
+
+PACK_TOKENS = 512
+ROWS = 64  # logits are turned to f32 this many rows at a time: 12 MB at 49,152 words
+
+Request = tuple[Sequence[int], Sequence[int]]
+
+
+class Engine:
+    """Runs a model. `model` needs `network` and `tokenizer`; `adapters` are PEFT folders by name.
+
+    path: "packed" computes what requests share once and pads nothing; "plain" runs one sequence a forward pass, the other
+    path of the A/A floor. Networks that cannot be packed (found by a trial on construction) run plain, and it is said.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        adapters: dict[str, Path] | None = None,
+        path: Literal["packed", "plain"] = "packed",
+        *,
+        pack_tokens: int = PACK_TOKENS,
+    ) -> None:
+        if path not in ("packed", "plain"):
+            raise FourscoreError(f"no engine path `{path}`", todo="use `packed` or `plain`")
+        self.model, self.tokenizer = model, model.tokenizer
+        self.adapters = Adapters(model.network, adapters or {})
+        self.runner = Runner(self.adapters.network)
+        self.pack_tokens = min(pack_tokens, self.runner.reach or pack_tokens)
+        self.stop_ids = _stop_ids(model)
+        self.path: Literal["packed", "plain"] = path
+        if path == "packed":
+            with self._running(None):
+                fault = packing_fault(self.runner)
+            if fault:
+                say(f"{type(self.runner.network).__name__}: {fault}; every sequence is computed by itself")
+                self.path = "plain"
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens that go into the network at once; None where it has no limit."""
+        return self.runner.limit
+
+    def score(
+        self, requests: Sequence[Request], adapter: str | None = None, *, advance: Callable[[int], object] | None = None
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihood (nats, natural log, summed over tokens) of each continuation after its context, in the order given.
+
+        requests: (context ids, continuation ids), neither empty. The flag is lm-eval's is_greedy: every token of the
+        continuation is the likeliest (the first of equals). advance: called with the number of requests just finished.
+        """
+        sequences = [self._sequence(i, context, continuation) for i, (context, continuation) in enumerate(requests)]
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for members, logits, rows in self._logits(sequences, [len(r[1]) for r in requests], adapter):
+            targets = torch.tensor([t for m in members for t in requests[m][1]], device=logits.device)
+            likelihoods, greedy = _pick_out(logits, torch.tensor([r for path in rows for r in path], device=logits.device), targets)
+            at = 0
+            for member in members:
+                n = len(requests[member][1])
+                results[member] = (float(likelihoods[at : at + n].sum(dtype=torch.float64)), bool(greedy[at : at + n].all()))
+                at += n
+            if advance is not None:
+                advance(len(members))
+        return results
+
+    def logprobs(
+        self, sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = None, adapter: str | None = None
+    ) -> Iterator[Tensor]:
+        """For each sequence, in order: log-probabilities of all words at every predicted token, f32 [len - start, vocabulary].
+
+        Row t predicts `sequence[start + t]`; `starts` (default 1 each) says from which token on, at least 1. One sequence's
+        rows are held at a time besides the logits of its pack.
+        """
+        starts = [1] * len(sequences) if starts is None else starts
+        pairs = [(s[:start], s[start:]) for s, start in zip(sequences, starts, strict=True)]
+        inputs = [self._sequence(i, context, rest) for i, (context, rest) in enumerate(pairs)]
+        for chunk in _consecutive(inputs, self.pack_tokens):
+            found: dict[int, Tensor] = {}
+            for members, logits, rows in self._logits([inputs[i] for i in chunk], [len(pairs[i][1]) for i in chunk], adapter):
+                for member, row in zip(members, rows, strict=True):
+                    found[member] = logits[torch.tensor(row, device=logits.device)]
+            for i in range(len(chunk)):
+                yield torch.log_softmax(found.pop(i), dim=-1, dtype=torch.float32)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop_ids: Sequence[int] | None = None,
+        adapter: str | None = None,
+        *,
+        stop_strings: Sequence[str] = (),
+        advance: Callable[[int], object] | None = None,
+    ) -> list[Generation]:
+        """Answers, in the order of the prompts. Greedy at temperature 0, else sampled, the same for the same seed.
+
+        An answer stops at the model's own end tokens (its generation config's and the tokenizer's), at `stop_ids`, before one
+        of `stop_strings`, or after `max_new_tokens`. A prompt that leaves no room for them is a FourscoreError.
+        """
+        if max_new_tokens < 1 or temperature < 0:
+            raise FourscoreError("max_new_tokens must be at least 1 and temperature at least 0")
+        for i, prompt in enumerate(prompts):
+            if not prompt:
+                raise FourscoreError("an empty prompt", where=f"prompt {i}", todo="begin it with the model's first token")
+            self._fits(len(prompt) + max_new_tokens, f"prompt {i}", "shorten it or lower max_new_tokens")
+        stops = self.stop_ids | set(stop_ids or ())
+        pick = sampler(temperature, seed, prompts)
+        results: dict[int, Generation] = {}
+        with self._running(adapter):
+            for batch in batches(prompts, max_new_tokens):
+                new = decode(
+                    self.runner,
+                    [list(prompts[i]) for i in batch],
+                    max_new_tokens,
+                    lambda row, logits, batch=batch: pick(batch[row], logits),  # type: ignore[misc]
+                    lambda ids: ids[-1] in stops or self._stopped(ids, stop_strings),
+                )
+                for i, ids in zip(batch, new, strict=True):
+                    results[i] = self._generation(ids, stops, stop_strings)
+                if advance is not None:
+                    advance(len(batch))
+        return [results[i] for i in range(len(prompts))]
+
+    def _stopped(self, ids: list[int], stop_strings: Sequence[str]) -> bool:
+        if not stop_strings:
+            return False
+        tail = self.tokenizer.decode(ids[-max(map(len, stop_strings)) - 4 :], skip_special_tokens=True)
+        return any(s in tail for s in stop_strings)
+
+    def _generation(self, ids: list[int], stops: set[int], stop_strings: Sequence[str]) -> Generation:
+        stopped = ids[-1] in stops
+        ids = ids[:-1] if stopped else ids
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        ends = [at for s in stop_strings if (at := text.find(s)) >= 0]
+        return Generation(ids, text[: min(ends)] if ends else text, "stop" if stopped or ends else "length")
+
+    def prefill(self, prompt: Sequence[int], adapter: str | None = None) -> DecodeState:
+        """Compute a prompt and choose the first token (`state.next_id`, the likeliest): what a reader waits for at first."""
+        from transformers import DynamicCache
+
+        self._fits(len(prompt) + 1, "the prompt", "shorten it")
+        state = DecodeState(list(prompt), -1, adapter, DynamicCache(config=self.runner.network.config))
+        return self._advance(state, list(prompt))
+
+    def step(self, state: DecodeState) -> int:
+        """One decoding step: feed `state.next_id`, choose the token after it, keep it in the state and return it."""
+        self._fits(len(state.ids) + 1, "the sequence", "stop earlier")
+        state.ids.append(state.next_id)
+        return self._advance(state, [state.next_id]).next_id
+
+    def _advance(self, state: DecodeState, ids: list[int]) -> DecodeState:
+        with self._running(state.adapter):
+            tokens = torch.tensor([ids], device=self.runner.device)
+            mask = torch.ones(1, len(state.ids), dtype=torch.long, device=self.runner.device)
+            state.next_id = int(next_logits(self.runner, tokens, mask, state.cache)[0].argmax())
+        return state
+
+    def _sequence(self, number: int, context: Sequence[int], continuation: Sequence[int]) -> list[int]:
+        """What the network reads to score a request: all but the last token."""
+        if not continuation:
+            raise FourscoreError("an empty continuation", where=f"request {number}", todo="give at least one token to score")
+        if not context:
+            raise FourscoreError("an empty context", where=f"request {number}", todo="begin with the model's first token (BOS)")
+        self._fits(len(context) + len(continuation) - 1, f"request {number}", "shorten it; nothing is cut")
+        return [*context, *continuation[:-1]]
+
+    def _fits(self, tokens: int, where: str, todo: str) -> None:
+        if self.runner.limit is not None and tokens > self.runner.limit:
+            raise FourscoreError(f"{tokens} tokens, and the model takes {self.runner.limit}", where=where, todo=todo)
+
+    def _logits(
+        self, sequences: list[list[int]], tails: list[int], adapter: str | None
+    ) -> Iterator[tuple[list[int], Tensor, list[list[int]]]]:
+        """Logits of the last `tails[i]` places of each sequence: (numbers of the sequences, logits, each one's rows in them)."""
+        alone = [self.path == "plain" or (self.runner.reach is not None and len(s) > self.runner.reach) for s in sequences]
+        together = [i for i, lonely in enumerate(alone) if not lonely]
+        for pack in packs([sequences[i] for i in together], self.pack_tokens):
+            members = [together[m] for m in pack.members]
+            tail = [path[len(path) - tails[m] :] for m, path in zip(members, pack.paths, strict=True)]
+            places = sorted({place for path in tail for place in path})
+            row = {place: r for r, place in enumerate(places)}
+            with self._running(adapter):
+                logits = self.runner.packed(pack, places)
+            yield members, logits, [[row[place] for place in path] for path in tail]
+        for i, lonely in enumerate(alone):
+            if lonely:
+                with self._running(adapter):
+                    logits = self.runner.plain(sequences[i], tails[i])
+                yield [i], logits, [list(range(tails[i]))]
+
+    @contextmanager
+    def _running(self, adapter: str | None) -> Iterator[None]:
+        """Evaluation mode, no gradients, this adapter; as it was afterwards."""
+        training = self.runner.network.training
+        self.runner.network.eval()
+        try:
+            with self.adapters.selected(adapter), torch.inference_mode():
+                yield
+        finally:
+            if training:
+                self.runner.network.train()
+
+
+def _pick_out(logits: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target at its row of the logits (f32), and whether it is that row's likeliest word."""
+    totals = torch.cat([torch.logsumexp(part.float(), dim=-1) for part in logits.split(ROWS)])
+    best = torch.cat([part.argmax(dim=-1) for part in logits.split(ROWS)])
+    return logits[rows, targets].float() - totals[rows], best[rows] == targets
+
+
+def _consecutive(sequences: list[list[int]], budget: int) -> Iterator[range]:
+    """Runs of neighbours of about `budget` tokens."""
+    start, size = 0, 0
+    for i, sequence in enumerate(sequences):
+        if i > start and size + len(sequence) > budget:
+            yield range(start, i)
+            start, size = i, 0
+        size += len(sequence)
+    if start < len(sequences):
+        yield range(start, len(sequences))
+
+
+def _stop_ids(model: Model) -> set[int]:
+    """The ids at which the model ends its turn: its generation config's and the tokenizer's."""
+    configured = getattr(model.network.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return {int(i) for i in (*ids, model.tokenizer.eos_token_id) if i is not None}
