@@ -11,14 +11,19 @@ import numpy as np
 from scipy import special
 
 from fourscore.files import FourscoreError
-from fourscore.stats.paired import Paired
+from fourscore.stats.paired import POWER, Paired
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
+_MOST_ITEMS = 10_000_000
 
 
 @dataclass(frozen=True)
 class Decision:
-    """`p` is one-sided, against the claim being false. `items_needed`: see `_items_needed`."""
+    """`p` is one-sided, against the claim being false (below 1 - confidence exactly when PASS).
+
+    `items_needed`, for INCONCLUSIVE only: the items that would have decided the gate, one way or the other, with 80% power if the
+    estimate were the truth, cluster sizes held; None where none would (the estimate lies on the threshold).
+    """
 
     verdict: Verdict
     p: float
@@ -26,38 +31,43 @@ class Decision:
     margin: float
 
 
-def _items_needed(paired: Paired, threshold: float) -> int | None:
-    """Items that would have decided the gate with 80% power, cluster sizes held; None if the estimate lies on the threshold."""
-    distance = abs(paired.difference - threshold)
-    if distance < 1e-12 or not paired.standard_error > 0:
-        return None
-    z = float(special.ndtri(paired.confidence) + special.ndtri(0.8))
-    return max(paired.items + 1, math.ceil(paired.items * (z * paired.standard_error / distance) ** 2))
-
-
 def non_inferiority(paired: Paired, margin: float) -> Decision:
-    """PASS when low > -margin, FAIL when high < -margin, else INCONCLUSIVE."""
+    """'No worse than by `margin`': PASS when low > -margin, FAIL when high < -margin, else INCONCLUSIVE."""
     if not 0 < margin < 1:
         raise FourscoreError(f"margin {margin}", where="non-inferiority", todo="give the largest acceptable loss, between 0 and 1")
-    p = paired.p_above(-margin)
-    if paired.low > -margin:
-        return Decision("PASS", p, None, margin)
-    if paired.high < -margin:
-        return Decision("FAIL", p, None, margin)
-    return Decision("INCONCLUSIVE", p, _items_needed(paired, -margin), margin)
+    return _decide(paired, -margin, fails=paired.high < -margin, margin=margin)
 
 
 def superiority(paired: Paired) -> Decision:
-    """PASS when low > 0, FAIL when high <= 0, else INCONCLUSIVE."""
-    if paired.low > 0:
-        return Decision("PASS", paired.p_superiority, None, 0.0)
-    if paired.high <= 0:
-        return Decision("FAIL", paired.p_superiority, None, 0.0)
-    return Decision("INCONCLUSIVE", paired.p_superiority, _items_needed(paired, 0.0), 0.0)
+    """'Better': PASS when low > 0, FAIL when high <= 0 (a gain of any size is ruled out), else INCONCLUSIVE."""
+    return _decide(paired, 0.0, fails=paired.high <= 0, margin=0.0)
+
+
+def _decide(paired: Paired, threshold: float, *, fails: bool, margin: float) -> Decision:
+    p = paired.p_above(threshold)
+    if paired.low > threshold:
+        return Decision("PASS", p, None, margin)
+    if fails:
+        return Decision("FAIL", p, None, margin)
+    return Decision("INCONCLUSIVE", p, _items_needed(paired, threshold), margin)
+
+
+def _items_needed(paired: Paired, threshold: float) -> int | None:
+    distance = abs(paired.difference - threshold)
+    if distance < 1e-9:
+        return None
+    if paired.standard_error > 0:
+        z = float(special.ndtri(paired.confidence) + special.ndtri(POWER))
+        factor = (z * paired.standard_error / distance) ** 2
+    else:
+        # No pair differs: the bound then shrinks like 1/n, as in the rule of three, not like its root.
+        factor = max(paired.difference - paired.low, paired.high - paired.difference) / distance
+    needed = paired.items * factor
+    return None if needed > _MOST_ITEMS else max(paired.items + 1, math.ceil(needed))
 
 
 def intersection_union(decisions: Sequence[Decision]) -> Verdict:
-    """All must pass, each at its own level (Berger 1982): FAIL if any fails, PASS if all pass, else INCONCLUSIVE."""
+    """The study: PASS if all gates pass, each at its own level (Berger 1982); FAIL if any fails; else INCONCLUSIVE."""
     if not decisions:
         raise FourscoreError("no gate to decide", where="verdict", todo="name at least one gate")
     verdicts = {d.verdict for d in decisions}
@@ -65,7 +75,7 @@ def intersection_union(decisions: Sequence[Decision]) -> Verdict:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p-values, in the order given. Holm 1979."""
+    """Holm's step-down adjusted p-values, in the order given. Holm 1979, Scandinavian Journal of Statistics 6:65-70."""
     p = np.asarray(p_values, dtype=float)
     if not np.all((p >= 0) & (p <= 1)):
         raise FourscoreError(f"p-values {list(p_values)}", where="Holm", todo="give numbers from 0 to 1")

@@ -44,7 +44,7 @@ def tango(b: int, c: int, n: int, confidence: float = 0.95) -> tuple[float, floa
     """Two-sided asymptotic score interval for (b - c) / n. Tango 1998, Statistics in Medicine 17:891-908."""
     _counts(b, c, n - b - c)
     z = float(special.ndtri(0.5 + confidence / 2))
-    return float(score_low(b / n, c / n, n, z)), -float(score_low(c / n, b / n, n, z))
+    return float(score_low(b / n, c / n, n, z, corrected=False)), -float(score_low(c / n, b / n, n, z, corrected=False))
 
 
 def wilson(x: int, n: int, confidence: float = 0.95) -> tuple[float, float]:

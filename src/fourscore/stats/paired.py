@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +10,21 @@ import numpy as np
 from scipy import special
 
 from fourscore.files import FourscoreError
-from fourscore.stats.clusters import Array, Grouping, groupings, jackknife_variance
-from fourscore.stats.score import score_low, score_statistic
+from fourscore.stats.clusters import Array, Grouping, groupings, information
+from fourscore.stats.score import corrected_statistic, score_low
 
-_PLANNED_POWER = 0.8
+POWER = 0.8  # the power that `smallest_effect` and `items_needed` speak of
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Mean difference a - b over the same items. `low` and `high` are one-sided bounds, each at `confidence`."""
+    """Mean difference a - b over the same items. `low` and `high` are one-sided bounds, each at `confidence`.
+
+    `clusters`: how many clusters, one number a grouping, () where every item stands alone. `discordant`: items on which a,
+    and on which b, scored higher. `gain`, `loss`: means of the positive and negative parts of a - b (for 0/1 scores the
+    shares of discordant items). `effective_items`: independent 0/1 items that would be as informative.
+    `p_superiority`: one-sided, against 'a is no better than b'.
+    """
 
     difference: float
     low: float
@@ -35,108 +40,107 @@ class Paired:
     mean_a: float
     mean_b: float
     p_superiority: float
-    gain: float  # mean of the positive parts of a - b: for 0/1 scores the share of items only a got right
-    loss: float  # mean of the negative parts, likewise for b
-    effective_items: float  # independent items that would be as informative
+    gain: float
+    loss: float
+    effective_items: float
 
     def p_above(self, delta: float) -> float:
-        """One-sided p-value against 'the true difference is at most `delta`'; at most 1 - confidence exactly when low >= delta."""
-        t = float(score_statistic(self.gain, self.loss, self.effective_items, delta))
-        return float(special.stdtr(self.degrees_of_freedom, -t)) if math.isfinite(self.degrees_of_freedom) else float(special.ndtr(-t))
+        """One-sided p-value against 'the true difference is at most `delta`': below 1 - confidence exactly when low > delta."""
+        if not -1 <= delta <= 1:
+            raise FourscoreError(f"difference {delta}", where="paired difference", todo="differences of scores lie between -1 and 1")
+        t = float(corrected_statistic(self.gain, self.loss, self.effective_items, delta))
+        return float(special.stdtr(self.degrees_of_freedom, -t))
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The statistics of a batch of studies, each [studies]."""
+    """The statistics of a batch of studies, each [studies] but the degrees of freedom, which the layout fixes."""
 
-    difference: Array
     gain: Array
     loss: Array
     low: Array
     high: Array
     standard_error: Array
-    degrees_of_freedom: Array
     effective_items: Array
+    degrees_of_freedom: float
 
 
 def paired_bounds(differences: Array, groups: tuple[Grouping, ...], confidence: float) -> Bounds:
-    """Bounds for a batch of studies that share one layout. `differences` [studies, items], in [-1, 1]."""
-    n = differences.shape[1]
-    mean = differences.mean(axis=1)
+    """Bounds for a batch of studies that share one layout. `differences` [studies, items], f64 in [-1, 1]."""
     gain = np.maximum(differences, 0).mean(axis=1)
     loss = np.maximum(-differences, 0).mean(axis=1)
-    spread = gain + loss - (gain - loss) ** 2
-    if groups:
-        variances = [jackknife_variance(differences, g) for g in groups]
-        variance = (
-            variances[0] if len(groups) == 1 else np.max([variances[0], variances[1], variances[0] + variances[1] - variances[2]], axis=0)
-        )
-        df = float(min(g.count for g in groups) - 1)
-        fallback = min(g.effective for g in groups)
-    else:
-        variance = differences.var(axis=1, ddof=1) / n if n > 1 else np.full(len(mean), np.nan)
-        df, fallback = float(n - 1), float(n)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        effective = np.where((variance > 0) & (spread > 0), spread / variance, fallback)
-    critical = special.stdtrit(df, confidence)
-    low = score_low(gain, loss, effective, critical)
-    high = -score_low(loss, gain, effective, critical)
-    return Bounds(gain - loss, gain, loss, low, high, np.sqrt(variance), np.full(len(mean), df), effective)
-
-
-def _scores(values: Sequence[float], name: str) -> Array:
-    scores = np.asarray(values, dtype=float)
-    if scores.ndim != 1:
-        raise FourscoreError(
-            f"scores of arm {name} have {scores.ndim} dimensions", where="paired difference", todo="give one score an item"
-        )
-    bad = np.flatnonzero(~((scores >= 0) & (scores <= 1)))
-    if len(bad):
-        raise FourscoreError(
-            f"arm {name}, item {bad[0] + 1} of {len(scores)}: score {scores[bad[0]]}",
-            where="paired difference",
-            todo="scores must be numbers from 0 to 1",
-        )
-    return scores
+    spread = np.maximum(gain + loss - (gain - loss) ** 2, 0)
+    known = information(differences, groups, spread)
+    critical = special.stdtrit(known.degrees_of_freedom, confidence)
+    return Bounds(
+        gain=gain,
+        loss=loss,
+        low=score_low(gain, loss, known.effective_items, critical, corrected=True),
+        high=-score_low(loss, gain, known.effective_items, critical, corrected=True),
+        standard_error=np.sqrt(spread / known.effective_items),
+        effective_items=known.effective_items,
+        degrees_of_freedom=known.degrees_of_freedom,
+    )
 
 
 def paired_difference(
     a: Sequence[float], b: Sequence[float], clusters: Sequence[Sequence[Any]] | None = None, confidence: float = 0.95
 ) -> Paired:
-    """The mean of a - b with a lower and an upper one-sided bound. See docs/statistics.md.
+    """The mean of a - b with a lower and an upper one-sided bound; docs/statistics.md has the method and its simulated coverage.
 
-    a, b: [items] scores in [0, 1] of the same items; clusters: for each item a tuple of one or two labels, or None.
+    a, b: [items] scores in [0, 1] (0/1 or graded) of the same items in the same order. clusters: for each item a tuple of
+    one label (items of a passage) or of two (items that cross, a clause by a question), or None. Raises FourscoreError for
+    lengths that differ, fewer than two items, scores that are no number from 0 to 1, a grouping of one cluster.
     """
     first, second = _scores(a, "a"), _scores(b, "b")
-    if len(first) != len(second):
-        raise FourscoreError(
-            f"{len(first)} scores against {len(second)}", where="paired difference", todo="both arms must answer the same items"
-        )
-    if len(first) < 2:
-        raise FourscoreError(f"{len(first)} items", where="paired difference", todo="a difference needs at least two items")
+    n = len(first)
+    if n != len(second):
+        raise _refuse(f"{n} scores of arm a against {len(second)} of arm b", "both arms must answer the same items")
+    if n < 2:
+        raise _refuse("no items" if n == 0 else "one item", "a difference needs at least two items")
     if not 0.5 < confidence < 1:
-        raise FourscoreError(f"confidence {confidence}", where="paired difference", todo="give a number between 0.5 and 1, such as 0.95")
-    groups = groupings(clusters, len(first))
+        raise _refuse(f"confidence {confidence}", "give a number between 0.5 and 1, such as 0.95")
+    groups = groupings(clusters, n)
     d = first - second
     found = paired_bounds(d[None, :], groups, confidence)
-    df, error = float(found.degrees_of_freedom[0]), float(found.standard_error[0])
-    t = score_statistic(found.gain[0], found.loss[0], found.effective_items[0], 0.0)
+    low, high, error = float(found.low[0]), float(found.high[0]), float(found.standard_error[0])
+    gain, loss, df = float(found.gain[0]), float(found.loss[0]), found.degrees_of_freedom
+    effective = float(found.effective_items[0])
+    planned = float(special.stdtrit(df, confidence) + special.stdtrit(df, POWER)) * error
     return Paired(
-        difference=float(found.difference[0]),
-        low=float(found.low[0]),
-        high=float(found.high[0]),
+        difference=gain - loss,
+        low=low,
+        high=high,
         confidence=confidence,
         standard_error=error,
         degrees_of_freedom=df,
-        items=len(d),
+        items=n,
         clusters=tuple(g.count for g in groups[:2]),
         discordant=(int((d > 0).sum()), int((d < 0).sum())),
-        smallest_effect=float((special.stdtrit(df, confidence) + special.stdtrit(df, _PLANNED_POWER)) * error),
-        method="Tango score interval" if not groups else f"{'two' if len(groups) > 1 else 'one'}-way cluster score interval",
+        # Without a discordant pair the error is 0, yet an effect as small as the interval would not have shown.
+        smallest_effect=min(1.0, max(planned, high - gain + loss, gain - loss - low)),
+        method=("score interval", "one-way cluster score interval", "", "two-way cluster score interval")[len(groups)],
         mean_a=float(first.mean()),
         mean_b=float(second.mean()),
-        p_superiority=float(special.stdtr(df, -t)),
-        gain=float(found.gain[0]),
-        loss=float(found.loss[0]),
-        effective_items=float(found.effective_items[0]),
+        p_superiority=float(special.stdtr(df, -float(corrected_statistic(gain, loss, effective, 0.0)))),
+        gain=gain,
+        loss=loss,
+        effective_items=effective,
     )
+
+
+def _scores(values: Sequence[float], arm: str) -> Array:
+    try:
+        scores = np.asarray(values, dtype=float)
+    except (TypeError, ValueError):
+        raise _refuse(f"arm {arm} has scores that are not numbers", "scores must be numbers from 0 to 1") from None
+    if scores.ndim != 1:
+        raise _refuse(f"scores of arm {arm} have {scores.ndim} dimensions", "give one score an item")
+    bad = np.flatnonzero(~((scores >= 0) & (scores <= 1)))
+    if len(bad):
+        raise _refuse(f"arm {arm}, item {bad[0] + 1} of {len(scores)} has score {scores[bad[0]]}", "scores must be numbers from 0 to 1")
+    return scores
+
+
+def _refuse(what: str, todo: str) -> FourscoreError:
+    return FourscoreError(what, where="paired difference", todo=todo)
