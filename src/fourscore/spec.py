@@ -239,8 +239,8 @@ def parse_study(text: str, where: str = "study") -> Study:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise FourscoreError(f"not YAML: {getattr(error, 'problem', error)}", where=where + line, todo="mend that line") from None
+        place_of_fault = f":{mark.line + 1}" if mark else ""
+        raise FourscoreError(f"not YAML: {getattr(error, 'problem', error)}", where=where + place_of_fault, todo="mend that line") from None
     if not isinstance(raw, dict):
         raise FourscoreError("the study file is empty or not a mapping", where=where, todo="make one with `fourscore init DATA`")
     _refuse_repeated_keys(tree, where)
