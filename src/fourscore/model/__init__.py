@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fourscore.model.adapter import add_lora as add_lora
+    from fourscore.model.adapter import check_adapter as check_adapter
     from fourscore.model.adapter import save_adapter as save_adapter
+    from fourscore.model.folder import base_sha256 as base_sha256
+    from fourscore.model.loading import Model as Model
+    from fourscore.model.loading import compute_dtype as compute_dtype
+    from fourscore.model.loading import load as load
+    from fourscore.model.loading import load_tokenizer as load_tokenizer
     from fourscore.model.names import ModelInfo as ModelInfo
     from fourscore.model.names import catalog as catalog
     from fourscore.model.names import describe as describe
-    from fourscore.model.folder import base_sha256 as base_sha256
-    from fourscore.model.loading import Model as Model
-    from fourscore.model.loading import load as load
     from fourscore.model.sources import pull as pull
 
 _HOMES = {
@@ -24,10 +27,26 @@ _HOMES = {
     "pull": "sources",
     "Model": "loading",
     "load": "loading",
+    "compute_dtype": "loading",
+    "load_tokenizer": "loading",
     "add_lora": "adapter",
+    "check_adapter": "adapter",
     "save_adapter": "adapter",
 }
-__all__ = ["Model", "ModelInfo", "add_lora", "base_sha256", "catalog", "describe", "load", "pull", "save_adapter"]
+__all__ = [
+    "Model",
+    "ModelInfo",
+    "add_lora",
+    "base_sha256",
+    "catalog",
+    "check_adapter",
+    "compute_dtype",
+    "describe",
+    "load",
+    "load_tokenizer",
+    "pull",
+    "save_adapter",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -31,11 +31,11 @@ CHUNK = 1 << 20
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 
 
-class Refused(FourscoreError):
+class RefusedError(FourscoreError):
     """The server wants credentials that the address does not carry (401, 403, 407)."""
 
 
-class _Restart(Exception):
+class _RestartError(Exception):
     """The part on disk does not belong to what the server has now."""
 
 
@@ -98,11 +98,11 @@ def _fetch(url: str, part: Path, title: str, todo: str) -> None:
     for attempt in range(len(PAUSES) + 1):
         try:
             return _try_once(url, part, title)
-        except _Restart:
+        except _RestartError:
             part.unlink(missing_ok=True)
         except urllib.error.HTTPError as error:
             if error.code in (401, 403, 407):
-                raise Refused(f"the server refuses the download (HTTP {error.code})", where=title, todo=todo) from None
+                raise RefusedError(f"the server refuses the download (HTTP {error.code})", where=title, todo=todo) from None
             if error.code not in _TRANSIENT or attempt == len(PAUSES):
                 raise FourscoreError(f"the server answers HTTP {error.code} ({error.reason})", where=title, todo=todo) from None
         except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException, ssl.SSLError) as error:
@@ -124,13 +124,13 @@ def _try_once(url: str, part: Path, title: str) -> None:
         if error.code == 416:  # nothing after the part: it is complete, or foreign
             if error.headers.get("Content-Range", "").endswith(f"/{have}"):
                 return
-            raise _Restart from None
+            raise _RestartError from None
         raise
     with answer:
         if have and answer.status != 206:
             have = 0  # the server sends the whole file
         if have and not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            raise _Restart
+            raise _RestartError
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length else None
         with open(part, "ab" if have else "wb") as file, track(title, (total or 0) / 1e6, "MB") as bar:

@@ -62,7 +62,9 @@ def weight_files(path: str | Path) -> list[Path]:
             todo="get the safetensors version of this model, or convert it where you trust it",
         )
     if ggufs := sorted(f.name for f in root.glob("*.gguf")):
-        raise FourscoreError(f"holds a GGUF file ({ggufs[0]}) and no safetensors weights", where=str(root), todo="use its transformers directory")
+        raise FourscoreError(
+            f"holds a GGUF file ({ggufs[0]}) and no safetensors weights", where=str(root), todo="use its transformers directory"
+        )
     raise FourscoreError("no model.safetensors in this folder", where=str(root), todo="give the folder of a transformers model")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -159,14 +158,14 @@ def _config(file: GGUF, where: str) -> dict[str, Any]:
     meta = file.metadata
     architecture = meta.get("general.architecture")
     if architecture != "llama":
-        raise FourscoreError(f"architecture `{architecture}` is not converted here", where=where, todo="use its transformers directory instead")
+        raise FourscoreError(
+            f"architecture `{architecture}` is not converted here", where=where, todo="use its transformers directory instead"
+        )
     scaling = sorted(k for k in meta if k.startswith("llama.rope.scaling") or k.startswith("llama.expert"))
     if scaling:
         raise FourscoreError(f"{', '.join(scaling)} is not converted here", where=where, todo="use its transformers directory instead")
     heads, hidden = meta["llama.attention.head_count"], meta["llama.embedding_length"]
-    import numpy
-
-    epsilon = float(str(numpy.float32(meta["llama.attention.layer_norm_rms_epsilon"])))  # stored as float32: 1e-05 again
+    epsilon = float(f"{meta['llama.attention.layer_norm_rms_epsilon']:.6g}")  # stored as float32: 1e-05 again
     return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
@@ -205,7 +204,11 @@ _LLAMA = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_LLAMA_ENDS = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
+_LLAMA_ENDS = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
 
 
 def hf_name(name: str) -> str | None:
@@ -244,12 +247,9 @@ def rotary_order(weight: Any, heads: int) -> Any:
     return weight.reshape(heads, rows // heads // 2, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
-_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+_BYTES: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 # What cuts text before the merges apply, by the name in the file. smollm: each digit alone, then GPT-2's pattern.
-_PRE_TOKENIZERS: dict[str, Callable[[], dict[str, Any]]] = {
-    "smollm": lambda: {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTES]},
-    "gpt-2": lambda: _BYTES,
-}
+_PRE_TOKENIZERS = {"smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTES]}}
 
 
 def _write_tokenizer(file: GGUF, config: dict[str, Any], out: Path, where: str) -> None:
@@ -263,8 +263,8 @@ def _write_tokenizer(file: GGUF, config: dict[str, Any], out: Path, where: str) 
     model: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
     model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
     model |= {"vocab": {t: i for i, t in enumerate(tokens)}, "merges": meta["tokenizer.ggml.merges"]}
-    tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None}
-    tokenizer |= {"pre_tokenizer": _PRE_TOKENIZERS[pre](), "post_processor": None}
+    tokenizer: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None}
+    tokenizer |= {"pre_tokenizer": _PRE_TOKENIZERS[pre], "post_processor": None}
     tokenizer |= {"decoder": {**_BYTES, "add_prefix_space": True}, "model": model}
     (out / "tokenizer.json").write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False), encoding="utf-8")
     special = {f"{role}_token": tokens[config[f"{role}_token_id"]] for role in ("bos", "eos", "pad")}

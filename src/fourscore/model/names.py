@@ -68,9 +68,7 @@ def _entries() -> dict[str, ModelInfo]:
     entries = {}
     for name, entry in tomllib.loads(text).items():
         hub, wheel = entry.pop("hub", None), entry.pop("wheel", None)
-        entries[name] = ModelInfo(
-            name=name, hub=HubSource(**hub) if hub else None, wheel=WheelSource(**wheel) if wheel else None, **entry
-        )
+        entries[name] = ModelInfo(name=name, hub=HubSource(**hub) if hub else None, wheel=WheelSource(**wheel) if wheel else None, **entry)
     return entries
 
 

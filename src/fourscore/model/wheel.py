@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 from fourscore.files import FourscoreError, cache_dir, hash_file
-from fourscore.model.download import Refused, download
+from fourscore.model.download import RefusedError, download
 
 _UNREACHABLE = re.compile(
     r"connection|timed? ?out|name resolution|name or service|max retries|proxy|ssl|unreachable|refused|network|retrying", re.IGNORECASE
@@ -43,7 +43,7 @@ def fetch_wheel(package: str, version: str, sha256: str) -> Path:
     url = _ask_pip(package, version, todo)
     try:
         return download(url, target, sha256, title=title, todo=todo)
-    except Refused:
+    except RefusedError:
         # pip leaves a private index's credentials out of its report; with them it can fetch the file itself
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             _pip(["download", "--dest", folder], package, version, todo)

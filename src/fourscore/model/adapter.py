@@ -1,0 +1,166 @@
+"""LoRA adapters as PEFT keeps them: made with a seed, saved with the hash of their base, read without opening a pickle."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from fourscore.files import FourscoreError, atomic_folder, read_json, write_json
+from fourscore.model.folder import base_sha256, safetensors_header
+from fourscore.model.loading import Model
+from fourscore.model.names import PROVENANCE
+from fourscore.spec import Train
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def add_lora(model: Model, settings: Train, seed: int) -> Model:
+    """A fresh LoRA adapter on a model, in training mode: float32 parameters, everything else frozen.
+
+    The same seed gives the same parameters bit for bit, whatever form the base has (A: Kaiming uniform as in PEFT, B: zero). The
+    output layer is never a target. The caller's random state is untouched. Errors: a target that names no linear layer.
+    """
+    from peft import LoraConfig, get_peft_model
+    from peft.peft_model import PeftModel
+
+    if isinstance(model.network, PeftModel):
+        raise FourscoreError("this model has an adapter already", where=str(model.adapter or model.path), todo="load it without one")
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT computes with it as a float
+        lora_dropout=settings.dropout,
+        target_modules=target_names(model.network, settings.targets),
+        task_type="CAUSAL_LM",
+        bias="none",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        with _quiet_peft():
+            network = cast(nn.Module, get_peft_model(model.network, config))
+        # PEFT draws in the order of a set and rounds to the base's dtype: drawn again, so that only the seed decides
+        for name, parameter in sorted(network.named_parameters()):
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+                if "lora_A" in name:
+                    nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+                else:
+                    nn.init.zeros_(parameter)
+    config.base_model_name_or_path = base_name(model)
+    network.train()
+    return replace(model, network=network, adapter=None)
+
+
+def target_names(network: nn.Module, targets: str | list[str]) -> list[str]:
+    """What PEFT is told: the endings of the linear layers that `targets` names, sorted; the output layer is never among them."""
+    from fourscore.nf4.layer import matching_names
+
+    output = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
+    names = [n for n, m in network.named_modules() if isinstance(m, nn.Linear) and m is not output]
+    chosen = set(matching_names(names, targets))
+    if not chosen:
+        raise FourscoreError("no linear layer to adapt", where="train.targets", todo="check the model")
+    endings = sorted({n.rsplit(".", 1)[-1] for n in chosen})
+    # short endings where they mean the same layers, else full names; PEFT matches endings among all modules
+    every = [n for n, m in network.named_modules() if any(n == e or n.endswith(f".{e}") for e in endings)]
+    return endings if set(every) == chosen else sorted(chosen)
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """PEFT 0.21 asks transformers for a property that transformers renamed; nothing a user can mend."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
+
+
+def base_name(model: Model) -> str:
+    """What an adapter calls its base: the hub's name where there is one, else the catalog's or the folder's last part."""
+    if model.info is None:
+        return model.path.name
+    return model.info.hub.repository if model.info.hub else model.info.name
+
+
+def save_adapter(model: Model, folder: Path) -> Path:
+    """Write the adapter as PEFT does (adapter_config.json, adapter_model.safetensors) and fourscore.json beside it, atomically.
+
+    fourscore.json: `base_sha256` of the base's files, `base`, `weights` (the form it was trained on), block size.
+    """
+    from peft.peft_model import PeftModel
+
+    if not isinstance(model.network, PeftModel):
+        raise FourscoreError("this model has no adapter to save", where=str(folder), todo="make one with `add_lora`")
+    record = {
+        "base": base_name(model),
+        "base_sha256": base_sha256(model.path),
+        "base_source": model.info.source if model.info else "folder",
+        "weights": model.weights,
+        "block_size": model.block_size,
+        "double_quant": model.double_quant,
+    }
+    with atomic_folder(folder) as part:
+        model.network.save_pretrained(str(part), save_embedding_layers=False)
+        (part / "README.md").unlink(missing_ok=True)  # PEFT's template says nothing: the report writes the model card
+        config = json.loads((part / CONFIG).read_text(encoding="utf-8"))
+        if isinstance(config.get("target_modules"), list):
+            config["target_modules"].sort()  # PEFT writes a set in any order
+        config["base_model_name_or_path"] = base_name(model)
+        write_json(part / CONFIG, config)
+        write_json(part / PROVENANCE, record)
+    return folder
+
+
+def check_adapter(folder: str | Path, base: str | Path | None = None) -> dict[str, Any]:
+    """The adapter's configuration, if the folder holds a whole PEFT adapter in safetensors, made for the base at `base`.
+
+    Errors: missing files, pickled or truncated weights, a `base_sha256` in fourscore.json other than the base's.
+    """
+    root = Path(folder)
+    if not (root / CONFIG).is_file():
+        raise FourscoreError(f"not an adapter: no {CONFIG}", where=str(root), todo="give the folder that training wrote")
+    config: dict[str, Any] = read_json(root / CONFIG)
+    if not (root / WEIGHTS).is_file():
+        if (root / "adapter_model.bin").exists():
+            what = "the adapter is a pickle, which can run code when opened and is never loaded"
+            raise FourscoreError(what, where=str(root), todo="save it as safetensors where you trust it")
+        raise FourscoreError(f"not an adapter: no {WEIGHTS}", where=str(root), todo="give the folder that training wrote")
+    safetensors_header(root / WEIGHTS)
+    if base is not None and (root / PROVENANCE).exists():
+        record = read_json(root / PROVENANCE)
+        wanted, found = record.get("base_sha256"), base_sha256(base)
+        if wanted != found:
+            raise FourscoreError(
+                f"the adapter was made for another base ({record.get('base')}, {str(wanted)[:12]}), this one is {found[:12]}",
+                where=str(root),
+                todo="load it on the base it was trained on",
+            )
+    return config
+
+
+def attach(model: Model, folder: Path, trainable: bool = False) -> Model:
+    """The model with the adapter of a PEFT folder on it. Every weight of the file must find its place, and every place its weight."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    check_adapter(folder, model.path)
+    held = safetensors_header(folder / WEIGHTS).keys()
+    try:
+        with _quiet_peft():
+            network = PeftModel.from_pretrained(model.network, str(folder), is_trainable=trainable)
+    except (ValueError, RuntimeError, TypeError, KeyError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+        raise FourscoreError(f"the adapter does not fit the model ({line})", where=str(folder), todo="load it on its own base") from error
+    wanted = get_peft_model_state_dict(network, save_embedding_layers=False).keys()
+    if odd := sorted(held ^ wanted):
+        raise FourscoreError(
+            f"{len(odd)} weights of the adapter do not fit the model ({odd[0]})", where=str(folder), todo="load it on its own base"
+        )
+    network.train(trainable)
+    return replace(model, network=network, adapter=folder)
