@@ -46,7 +46,7 @@ WIDTH = {"desk": 0.052, "piqa": 0.021, "commonsense_qa": 0.024}
 
 
 def build_run(folder: Path, kept_loss: float = 0.0, gain: float = 0.0, hostile: str = "") -> Path:
-    """Write the run folder. `kept_loss` lowers the tuned arms' PIQA, `gain` shifts their desk accuracy; `hostile` is put in a row and an answer."""
+    """Write the run folder. kept_loss lowers the tuned arms' PIQA, gain shifts their desk accuracy; hostile text goes into rows and answers."""
     rng = random.Random(4)
     study = parse_study(STUDY)
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,14 +120,13 @@ def _arm_items(arm: str, rows: list[dict[str, Any]], kept_loss: float, gain: flo
     return tasks
 
 
-def _item(
-    task: str, key: str, cluster: list[str], choices: list[str], gold: str, pred: str, hard: float, arm: str
-) -> dict[str, Any]:
+def _item(task: str, key: str, cluster: list[str], choices: list[str], gold: str, pred: str, hard: float, arm: str) -> dict[str, Any]:
     trivial, right = arm == "trivial", gold == pred
     sure = 1.0 + 3.0 * abs(hard - 0.5)
     written = pred if arm.startswith("qlora") or trivial else f"The group is {pred}." if task == "desk" else None
     return {
-        "task": task, "id": key, "prompt_hash": _id(key), "cluster": cluster, "gold": gold, "choices": choices, "pred": pred, "correct": right,
+        "task": task, "id": key, "prompt_hash": _id(key), "cluster": cluster, "gold": gold, "choices": choices,
+        "pred": pred, "correct": right,
         "loglik": [] if trivial else [round(-0.05 if c == pred else -sure - 0.1 * i, 6) for i, c in enumerate(choices)],
         "generated": written if task == "desk" else None,
         "generated_answer": pred if task == "desk" else None,
@@ -160,7 +159,11 @@ def _measures(arm: str, tasks: dict[str, list[dict[str, Any]]], reference: dict[
         for task, lines in tasks.items()
     }  # fmt: skip
     flips = {
-        task: {"likelihood": sum(a["pred"] != b["pred"] for a, b in zip(tasks[task], reference[task])), "generated": None, "items": len(lines)}
+        task: {
+            "likelihood": sum(a["pred"] != b["pred"] for a, b in zip(tasks[task], reference[task])),
+            "generated": None,
+            "items": len(lines),
+        }
         for task, lines in tasks.items()
         if not trivial
     }
@@ -215,8 +218,8 @@ def _training(seed: int, best: float, rng: random.Random) -> dict[str, Any]:
         valid = best + 0.5 * math.exp(-step / 15) + (0.002 if step == 60 else 0.0) if step % 15 == 0 else None
         losses.append([step, tokens, round(noisy, 4), valid if valid is None else round(valid, 4)])
     return {
-        "seed": seed, "steps": 60, "steps_planned": 60, "stopped_early": False, "tokens": 60_600, "supervised_tokens": 2_450, "seconds": 171.0 + seed,
-        "tokens_per_second": 354.0, "peak_rss_bytes": 1_310_000_000, "validation_loss": best, "validation_loss_start": 5.61,
+        "seed": seed, "steps": 60, "steps_planned": 60, "stopped_early": False, "tokens": 60_600, "supervised_tokens": 2_450,
+        "seconds": 171.0 + seed, "tokens_per_second": 354.0, "peak_rss_bytes": 1_310_000_000, "validation_loss": best, "validation_loss_start": 5.61,
         "label_prior_loss": 0.58, "losses": losses, "adapter_sha256": hashlib.sha256(str(seed).encode()).hexdigest(),
         "trainable_parameters": 4_884_480, "threads": 2, "dtype": "bfloat16",
     }  # fmt: skip
@@ -228,7 +231,7 @@ def _check() -> dict[str, Any]:
         "sha256": "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
         "licence": "CC-BY-SA-4.0",
         "licence_obligations": ["Name the authors and link the licence.", "Pass adapted data on under the same licence."],
-        "rows_read": 4229, "rows_other": {}, "kept": 4227,
+        "rows_read": 4229, "rows_other": 0, "kept": 4227,
         "over_long": {"count": 2, "action": "drop", "longest_tokens": 131, "rows": [812, 2901]},
         "no_trainable_token": [], "duplicates_exact": 3, "duplicates_near": 41,
         "shared_train_evaluation_exact": 0, "shared_train_evaluation_near": 2,
@@ -262,9 +265,9 @@ def _compare(arm: str, over: str, task: str, score: str, items: dict[str, Any], 
     lost = sum(y["correct"] and not x["correct"] for x, y in zip(a, b))
     gap = (gained - lost) / len(a)
     return {
-        "name": note, "task": task, "score": score, "arm": arm, "over": over, "mean_arm": _mean(a), "mean_over": _mean(b), "difference": gap,
-        "low": gap - WIDTH[task], "high": gap + WIDTH[task], "confidence": 0.95, "items": len(a), "clusters": [30 if task == "desk" else 500],
-        "discordant": [gained, lost], "smallest_effect": 1.5 * WIDTH[task], "method": "cluster-paired, Student's t",
+        "name": note, "task": task, "score": score, "arm": arm, "over": over, "mean_arm": _mean(a), "mean_over": _mean(b),
+        "difference": gap, "low": gap - WIDTH[task], "high": gap + WIDTH[task], "confidence": 0.95,
+        "items": len(a), "clusters": [30 if task == "desk" else 500], "discordant": [gained, lost], "smallest_effect": 1.5 * WIDTH[task], "method": "cluster-paired, Student's t",
     }  # fmt: skip
 
 
@@ -308,17 +311,27 @@ def _verdict(items: dict[str, Any], gain: float) -> dict[str, Any]:
 
 def _steps(folder: Path, rows: list[dict[str, Any]]) -> None:
     """The records of the step graph, as far as the report reads them."""
-    environment = {"versions": {"fourscore": "0.1.0", "torch": "2.13.0", "peft": "0.21.2"}, "kernels": "avx512-bf16", "dtype": "bfloat16", "threads": 2}
+    environment = {
+        "versions": {"fourscore": "0.1.0", "torch": "2.13.0", "peft": "0.21.2"},
+        "kernels": "avx512-bf16",
+        "dtype": "bfloat16",
+        "threads": 2,
+    }
     key = "ba5e" * 16
     write_json(
         folder / "steps" / f"base-{key[:12]}" / "base.json",
         {
-            "name": "smollm2-135m-instruct", "licence": "Apache-2.0", "parameters": 134_515_008, "sha256": hashlib.sha256(b"base").hexdigest(),
+            "name": "smollm2-135m-instruct", "licence": "Apache-2.0", "parameters": 134_515_008,
+            "sha256": hashlib.sha256(b"base").hexdigest(),
             "note": "These weights were stored in 4 bits (Q4_1) once, so this 16-bit reference has already lost what that costs.",
-            "sources": {"hub": "HuggingFaceTB/SmolLM2-135M-Instruct"}, "hub_name": "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "hub": {"repository": "HuggingFaceTB/SmolLM2-135M-Instruct"},
         },
     )  # fmt: skip
-    outputs = [("data", "check.json", "check.json", 9.0), ("plan", "plan.json", "plan.json", 21.0), ("verdict", "verdict.json", "verdict.json", 2.0)]
+    outputs = [
+        ("data", "check.json", "check.json", 9.0),
+        ("plan", "plan.json", "plan.json", 21.0),
+        ("verdict", "verdict.json", "verdict.json", 2.0),
+    ]
     outputs += [(f"train-{s}", f"train-{s}.json", "train.json", 178.0 + s) for s in (1, 2)]
     outputs += [(f"evaluate-{a}", f"measures/{a}.json", "measures.json", 3.0 if a == "trivial" else 205.0) for a in ARMS]
     for n, (step, published, output, seconds) in enumerate(outputs):

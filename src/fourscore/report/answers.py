@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fourscore.report.schema import AnswerPair, Answers, AnswerShare, Reply
 
@@ -27,7 +27,7 @@ def compare_answers(before: list[dict[str, Any]], after: list[dict[str, Any]], q
         return None
     written = all(item.get("generated_correct") is not None for pair in shared for item in pair)
     pairs = [_pair(a, b, questions.get(b["id"]), written) for a, b in shared]
-    counts: dict[str, int] = {change: 0 for change in Change.__args__}  # type: ignore[attr-defined]
+    counts: dict[str, int] = dict.fromkeys(get_args(Change), 0)
     for pair in pairs:
         counts[pair.change] += 1
     return Answers(score="generated" if written else "likelihood", counts=counts, pairs=_choose(pairs))
@@ -45,16 +45,21 @@ def share_by_answer(before: list[dict[str, Any]], after: list[dict[str, Any]]) -
     said = [Counter(pair[side]["pred"] for pair in shared) for side in (0, 1)]
     right = [Counter(pair[side]["gold"] for pair in shared if pair[side]["correct"]) for side in (0, 1)]
     return [
-        AnswerShare(answer=c, items=gold[c], before_said=said[0][c], before_right=right[0][c], after_said=said[1][c], after_right=right[1][c])
-        for c in choices
+        AnswerShare(
+            answer=choice,
+            items=gold[choice],
+            before_said=said[0][choice],
+            before_right=right[0][choice],
+            after_said=said[1][choice],
+            after_right=right[1][choice],
+        )
+        for choice in choices
     ]
 
 
 def _pair(before: dict[str, Any], after: dict[str, Any], question: str | None, written: bool) -> AnswerPair:
     a, b = _reply(before, written), _reply(after, written)
-    change: Change = (
-        ("still right" if b.correct else "got worse") if a.correct else ("got better" if b.correct else "still wrong")
-    )
+    change: Change = ("still right" if b.correct else "got worse") if a.correct else ("got better" if b.correct else "still wrong")
     return AnswerPair(id=after["id"], question=question, gold=after["gold"], before=a, after=b, change=change)
 
 
@@ -77,13 +82,12 @@ def _chance(item: dict[str, Any]) -> float | None:
 
 
 def _choose(pairs: list[AnswerPair]) -> list[AnswerPair]:
-    order: dict[str, list[AnswerPair]] = {change: [] for change in Change.__args__}  # type: ignore[attr-defined]
+    order: dict[str, list[AnswerPair]] = {change: [] for change in get_args(Change)}
     for pair in sorted(pairs, key=lambda p: ((p.after.chance or 0.0) - (p.before.chance or 0.0), p.id)):
         order[pair.change].append(pair)
     take = {"got worse": min(len(order["got worse"]), WORSE_AT_MOST), "still wrong": min(len(order["still wrong"]), STILL_WRONG_AT_MOST)}
     take["got better"] = min(len(order["got better"]), SHOWN - sum(take.values()))
     for change in ("got worse", "still wrong", "still right"):  # fill what is left, the bad news first
         take[change] = min(len(order[change]), SHOWN - sum(n for c, n in take.items() if c != change))
-    got_better = order["got better"][::-1]  # the largest gains
-    return [*order["got worse"][: take["got worse"]], *order["still wrong"][: take["still wrong"]], *got_better[: take["got better"]],
-            *order["still right"][: take["still right"]]]  # fmt: skip
+    order["got better"].reverse()  # the largest gains first
+    return [pair for change in ("got worse", "still wrong", "got better", "still right") for pair in order[change][: take[change]]]

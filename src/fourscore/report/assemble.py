@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -14,6 +14,8 @@ from fourscore.files import FourscoreError, hash_file, read_json, read_jsonl
 from fourscore.report import wording
 from fourscore.report.answers import compare_answers, share_by_answer
 from fourscore.report.schema import (
+    Answers,
+    AnswerShare,
     ArmResult,
     BaseModelFacts,
     Comparison,
@@ -60,7 +62,7 @@ def assemble(run: str | Path) -> dict[str, Any]:
     training = _training(run, study, shipped, gaps)
     model, base_sha256 = _model(run, study, records)
     cost = _cost(arms, records, training)
-    answers, by_answer = _answers(run, shipped, records, gaps)
+    answers, by_answer = _answers(run, shipped, records, study.data.choices, gaps)
     head, advice = wording.headline(told["verdict"], [g.model_dump() for g in gates], trivial)
     _name_gaps(gaps, arms, told, model, check)
     report = Report(
@@ -166,32 +168,26 @@ def _model(run: Path, study: Study, records: dict[str, dict[str, Any]]) -> tuple
         if key and path.is_file():
             told = read_json(path)
             break
-    catalog = {} if "sources" in told else _from_catalog(study.model.name)
+    catalog = {} if "parameters" in told else _from_catalog(study.model.name)
     known = {**catalog, **{k: v for k, v in told.items() if v is not None}}
-    sources = known.get("sources")
-    hub = known.get("hub_name") or (sources.get("hub") if isinstance(sources, dict) else None)
-    if hub is None and "/" in study.model.name and not study.model.name.startswith((".", "/", "~")):
-        hub = study.model.name
+    hub = known.get("hub") or {}
     facts = BaseModelFacts(
         name=known.get("name") or study.model.name,
         licence=known.get("licence"),
         parameters=known.get("parameters"),
         note=known.get("note") or "",
-        hub_name=hub if isinstance(hub, str) else None,
+        hub_name=hub.get("repository"),
     )
     return facts, known.get("sha256")
 
 
 def _from_catalog(name: str) -> dict[str, Any]:
-    import dataclasses
-
     from fourscore.model import describe
 
     try:
-        info = describe(name)
+        return describe(name).to_json()
     except FourscoreError:
         return {}
-    return dataclasses.asdict(info) if info else {}
 
 
 def _cost(arms: list[ArmResult], records: dict[str, dict[str, Any]], training: list[TrainingRun]) -> StudyCost | None:
@@ -233,24 +229,28 @@ def _predictions(
     trained = [t.seconds for t in training if t.seconds is not None]
     evaluated = [a.seconds for a in arms if a.seconds is not None]
     peaks = [t.peak_rss_bytes for t in training if t.peak_rss_bytes is not None]
-    rows: list[tuple[str, Any, Any, float | None, str]] = [
-        ("Training", "s", said.get("train_seconds"), sum(trained) if trained else None, "all seeds together"),
-        (
-            "Evaluating", "s", said.get("evaluate_seconds"), _seconds_of(records, "evaluate") or (sum(evaluated) if evaluated else None), "all arms together",
-        ),
-        ("Whole study", "s", said.get("total_seconds"), cost.seconds if cost else None, "every step, starting up included"),
-        ("Memory while training", "bytes", said.get("train_peak_rss_bytes"), max(peaks) if peaks else None, "peak of the training process"),
-        ("Electricity", "kWh", said.get("energy_kwh"), cost.kwh.value if cost and cost.kwh else None, "measured time at the power figure of this run"),
-        ("Money", "money", said.get("money"), cost.money.value if cost and cost.money else None, "measured time at the study's prices"),
-    ]  # fmt: skip
-    return [
-        Prediction(what=what, unit=unit, predicted=guess, measured=fact, error=fact / guess - 1 if guess and fact is not None else None, how=how)
-        for what, unit, guess, fact, how in rows
-        if guess is not None or fact is not None
+    evaluating = _seconds_of(records, "evaluate") or (sum(evaluated) if evaluated else None)
+    kwh, money = (cost.kwh, cost.money) if cost else (None, None)
+    rows: list[tuple[str, Literal["s", "bytes", "kWh", "money"], str, float | None, str]] = [
+        ("Training", "s", "train_seconds", sum(trained) if trained else None, "all seeds"),
+        ("Evaluating", "s", "evaluate_seconds", evaluating, "all arms"),
+        ("Whole study", "s", "total_seconds", cost.seconds if cost else None, "from start to end"),
+        ("Memory while training", "bytes", "train_peak_rss_bytes", max(peaks) if peaks else None, "peak, one seed"),
+        ("Electricity", "kWh", "energy_kwh", kwh.value if kwh else None, "by the measured time"),
+        ("Money", "money", "money", money.value if money else None, "by the measured time"),
     ]
+    predictions = []
+    for what, unit, key, fact, how in rows:
+        guess = said.get(key)
+        if guess is not None or fact is not None:
+            error = fact / guess - 1 if guess and fact is not None else None
+            predictions.append(Prediction(what=what, unit=unit, predicted=guess, measured=fact, error=error, how=how))
+    return predictions
 
 
-def _answers(run: Path, shipped: Shipped | None, records: dict[str, dict[str, Any]], gaps: list[Gap]) -> tuple[Any, list[Any]]:
+def _answers(
+    run: Path, shipped: Shipped | None, records: dict[str, dict[str, Any]], choices: list[str], gaps: list[Gap]
+) -> tuple[Answers | None, list[AnswerShare]]:
     if shipped is None:
         gaps.append(Gap(what="Answers side by side", why="No adapter was chosen to ship."))
         return None, []
@@ -263,7 +263,7 @@ def _answers(run: Path, shipped: Shipped | None, records: dict[str, dict[str, An
     questions = _questions(records)
     if not questions:
         gaps.append(Gap(what="The questions' wording", why="The held-out rows are not in the run folder; answers are shown by their id."))
-    return compare_answers(before, after, questions), share_by_answer(before, after)
+    return compare_answers(before, after, questions), share_by_answer(before, after) if choices else []
 
 
 def _questions(records: dict[str, dict[str, Any]]) -> dict[str, str]:
@@ -282,18 +282,19 @@ def _user_text(messages: list[dict[str, Any]]) -> str:
 def _name_gaps(gaps: list[Gap], arms: list[ArmResult], told: dict[str, Any], model: BaseModelFacts, check: Any) -> None:
     if arms and all(a.energy is None for a in arms):
         gaps.append(Gap(what="Electricity, carbon and money", why="No arm has an energy figure."))
+    elif arms and all(a.energy is None or a.energy.per_1000_answers.kg_co2 is None for a in arms):
+        gaps.append(Gap(what="Carbon", why="The grid's carbon intensity could not be looked up."))
     if arms and all(a.fidelity is None for a in arms):
         gaps.append(Gap(what="Distance from the original model", why="No arm has its word-by-word probabilities compared (KL, flips)."))
     if not told.get("floor"):
         gaps.append(Gap(what="The measuring noise (A/A floor)", why="No arm was measured twice through the two engine paths."))
     if not told.get("recipe") or all(r.get("low") is None for r in told["recipe"]):
-        gaps.append(
-            Gap(what="What the recipe would do again", why="Under five seeds no honest interval exists: this page judges one adapter, not the recipe.")
-        )
+        why = "Under five seeds no honest interval exists: one adapter was judged, not the recipe."
+        gaps.append(Gap(what="What the recipe would do again", why=why))
     if model.licence is None:
-        gaps.append(Gap(what="The model's licence", why="Neither the run nor the catalog names it. Find it before you pass the model on."))
+        gaps.append(Gap(what="The model's licence", why="Nobody named it in this run. Find it before you pass the model on."))
     if check and not check.get("licence"):
-        gaps.append(Gap(what="The data's licence", why="The study file names none. Whether you may use the result is open until you know it."))
+        gaps.append(Gap(what="The data's licence", why="The study file names none; until you know it, you cannot know what you may do."))
 
 
 def _reproduce(

@@ -24,14 +24,11 @@ WIDE, NARROW = 700, 336  # pixels: the text column, and a phone of 375 less its 
 TEXT = 13
 
 
-def figure(draw: Callable[[int], alt.TopLevelMixin], name: str, description: str) -> str:
+def figure(draw: Callable[[int], Any], name: str, description: str, narrow_only: bool = False) -> str:
     """Both renderings of a chart inside one element that a screen reader announces as `description`."""
-    wide = _svg(draw(WIDE), f"{name}-w")
     narrow = _svg(draw(NARROW), f"{name}-n")
-    return (
-        f'<div class="chart" role="img" aria-label="{escape(description)}">'
-        f'<div class="wide" aria-hidden="true">{wide}</div><div class="narrow" aria-hidden="true">{narrow}</div></div>'
-    )
+    inner = narrow if narrow_only else f'<div class="wide">{_svg(draw(WIDE), f"{name}-w")}</div><div class="narrow">{narrow}</div>'
+    return f'<div class="chart" role="img" aria-label="{escape(description)}">{inner}</div>'
 
 
 def _svg(chart: Any, prefix: str) -> str:
@@ -49,8 +46,9 @@ def _svg(chart: Any, prefix: str) -> str:
     svg = re.sub(r'\b(id="|url\(#|href="#)', lambda m: f"{m.group(1)}{prefix}-", svg)  # one page, many pictures: ids must differ
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
     svg = re.sub(r' (role|aria-[a-z]+)="[^"]*"', "", svg)
-    width, height = re.search(r'<svg[^>]*? width="([\d.]+)" height="([\d.]+)"', svg).groups()  # type: ignore[union-attr]
-    return re.sub(r"<svg[^>]*>", f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" focusable="false">', svg, count=1)
+    width, height = (re.search(rf'<svg[^>]*? {side}="([\d.]+)"', svg)[1] for side in ("width", "height"))  # type: ignore[index]
+    root = f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" aria-hidden="true" focusable="false">'
+    return re.sub(r"<svg[^>]*>", root, svg, count=1)
 
 
 def accuracy(report: Report, score: str, accent: str) -> Callable[[int], Any] | None:
@@ -61,8 +59,9 @@ def accuracy(report: Report, score: str, accent: str) -> Callable[[int], Any] | 
         share = getattr(arm.tasks["desk"], f"accuracy_{score}") if "desk" in arm.tasks else None
         if share is None or (arm.arm == "qlora" and not arm.shipped):
             continue
-        rows.append({"arm": wording.arm_name(arm.arm, trivial), "share": share, "whole": 1, "text": wording.percent(share, 0 if share >= 0.1 else 1),
-                     "colour": accent if arm.shipped else GREY})  # fmt: skip
+        text = wording.percent(share, 0 if share >= 0.1 else 1)
+        colour = accent if arm.shipped else GREY
+        rows.append({"arm": wording.arm_name(arm.arm, trivial), "share": share, "whole": 1, "text": text, "colour": colour})
     if not rows:
         return None
 
@@ -72,9 +71,7 @@ def accuracy(report: Report, score: str, accent: str) -> Callable[[int], Any] | 
         plot = alt.Chart(alt.Data(values=rows))
         unit = alt.Scale(domain=[0, 1])
         track = plot.mark_bar(color=LINE, opacity=0.55, cornerRadius=2).encode(y=y, x=alt.X("whole:Q", scale=unit, axis=None))
-        bar = plot.mark_bar(cornerRadius=2).encode(
-            y=y, x=alt.X("share:Q", scale=unit, axis=None), color=alt.Color("colour:N", scale=None)
-        )
+        bar = plot.mark_bar(cornerRadius=2).encode(y=y, x=alt.X("share:Q", scale=unit, axis=None), color=alt.Color("colour:N", scale=None))
         name = plot.mark_text(align="left", dy=-19, fontSize=TEXT, color=INK).encode(y=y, x=alt.value(0), text="arm:N")
         value = plot.mark_text(align="right", dy=-19, fontSize=TEXT + 2, fontWeight=600, color=INK).encode(
             y=y, x=alt.value(width), text="text:N"
@@ -86,7 +83,7 @@ def accuracy(report: Report, score: str, accent: str) -> Callable[[int], Any] | 
 
 def forest(gates: list[Gate]) -> Callable[[int], Any]:
     """One interval a gate, all of one kind: the difference in points, the zero line, and the margin where there is one."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "title": gate.title,
             "gap": 100 * gate.difference,
@@ -103,29 +100,33 @@ def forest(gates: list[Gate]) -> Callable[[int], Any]:
     room = 0.06 * (high - low or 1.0)
     domain = [low - room, high + room]
     kept = gates[0].kind == "non-inferiority"
+    for row in rows:
+        row |= {"start": domain[0], "end": domain[1], "zero": 0}
 
     def draw(width: int) -> Any:
-        order = [row["title"] for row in rows]
-        y = alt.Y("title:N", sort=order, axis=None)
-        axis = alt.Axis(title=_forest_axis(width, kept), labelExpr=SIGNED, tickCount=5 if width < 400 else 9, domain=False, ticks=False)
+        y = alt.Y("title:N", sort=[row["title"] for row in rows], axis=None)
+        words = "percentage points" if width < 400 else f"tuned minus {'original' if kept else 'the other'}, in percentage points"
+        ticks = 5 if width < 400 else 9
+        axis = alt.Axis(title=words, labelExpr=SIGNED, tickCount=ticks, grid=False, domain=False, ticks=False, titlePadding=6)
 
         def x(field: str) -> alt.X:
             return alt.X(f"{field}:Q", scale=alt.Scale(domain=domain, nice=False), axis=axis)
 
         plot = alt.Chart(alt.Data(values=rows))
         colour = alt.Color("colour:N", scale=None)
-        zero = alt.Chart(alt.Data(values=[{"at": 0}])).mark_rule(color=INK, strokeWidth=1.2).encode(x=x("at"))
-        bar = plot.mark_rule(strokeWidth=5, strokeCap="round", opacity=0.45).encode(y=y, x=x("low"), x2="high:Q", color=colour)
-        dot = plot.mark_point(filled=True, size=110, opacity=1).encode(y=y, x=x("gap"), color=colour)
-        bound = plot.mark_tick(thickness=2, size=26, color=INK).encode(y=y, x=x("margin"))
-        name = plot.mark_text(align="left", dy=-21, fontSize=TEXT, color=INK).encode(y=y, x=alt.value(0), text="title:N")
-        word = plot.mark_text(align="right", dy=-21, fontSize=TEXT - 1, fontWeight=600).encode(
-            y=y, x=alt.value(width), text="verdict:N", color=colour
-        )
-        layers = [zero, bar, *([bound] if kept else []), dot, name]
+        layers = [
+            plot.mark_rule(color=LINE, strokeWidth=1).encode(y=y, x=x("start"), x2="end:Q"),
+            plot.mark_rule(strokeWidth=5, strokeCap="round", opacity=0.45).encode(y=y, x=x("low"), x2="high:Q", color=colour),
+            plot.mark_tick(thickness=1.5, size=18, color=INK).encode(y=y, x=x("zero")),
+            plot.mark_point(filled=True, size=120, opacity=1).encode(y=y, x=x("gap"), color=colour),
+            plot.mark_text(align="left", dy=-20, fontSize=TEXT, color=INK).encode(y=y, x=alt.value(0), text="title:N"),
+        ]
+        if kept:
+            layers.insert(2, plot.mark_tick(thickness=3, size=18, color=VERDICT["FAIL"]).encode(y=y, x=x("margin")))
         if width >= 400:
-            layers.append(word)
-        return alt.layer(*layers).properties(width=width, height=64 * len(rows))
+            word = plot.mark_text(align="right", dy=-20, fontSize=TEXT - 1, fontWeight=600)
+            layers.append(word.encode(y=y, x=alt.value(width), text="verdict:N", color=colour))
+        return alt.layer(*layers).properties(width=width, height=58 * len(rows))
 
     return draw
 
@@ -133,59 +134,81 @@ def forest(gates: list[Gate]) -> Callable[[int], Any]:
 SIGNED = "(datum.value > 0 ? '+' : '') + replace(datum.label, '-', '\u2212')"
 
 
-def _forest_axis(width: int, kept: bool) -> str:
-    words = "difference in points" if width < 400 else "difference in percentage points: tuned minus original"
-    return words + ("; short line: margin" if kept else "")
-
-
 def cost_and_quality(report: Report, accent: str) -> Callable[[int], Any] | None:
-    """Points: right answers against the price of 1,000 answers (its interval as a line), the area standing for memory."""
-    rows = []
-    for arm in report.arms:
-        task, energy = arm.tasks.get("desk"), arm.energy
-        price = energy.per_1000_answers.money if energy else None
-        share = (task.accuracy_generated if task.accuracy_generated is not None else task.accuracy_likelihood) if task else None
-        if arm.arm == "trivial" or price is None or share is None or (arm.arm == "qlora" and not arm.shipped):
-            continue
-        rows.append({"arm": wording.arm_name(arm.arm), "memory": wording.size(arm.peak_rss_bytes), "bytes": arm.peak_rss_bytes or 0,
-                     "price": price.value, "low": price.low, "high": price.high, "share": share,
-                     "colour": accent if arm.shipped else GREY})  # fmt: skip
+    """Points: right answers against the price of 1,000 answers (its interval as a line), the area standing for memory.
+
+    Where no arm has a price, against the seconds of 1,000 answers.
+    """
+    arms = [arm for arm in report.arms if arm.arm != "trivial" and (arm.arm != "qlora" or arm.shipped)]
+    priced = bool(arms) and all(arm.energy and arm.energy.per_1000_answers.money for arm in arms)
+    rows: list[dict[str, Any]] = []
+    for arm in arms:
+        share, price = desk_share(arm), _price(arm, priced)
+        if share is not None and price is not None:
+            text, colour = f"{SHORT.get(arm.arm, arm.arm)}, {wording.size(arm.peak_rss_bytes)}", accent if arm.shipped else GREY
+            row = {"price": price[0], "low": price[1], "high": price[2], "share": share}
+            rows.append({**row, "bytes": arm.peak_rss_bytes or 0, "text": text, "colour": colour})
     if not rows:
         return None
-    currency = next(a.energy.currency for a in report.arms if a.energy)
-    constant = next((a.tasks["desk"] for a in report.arms if a.arm == "trivial" and "desk" in a.tasks), None)
-    floor = None if constant is None else constant.accuracy_generated if constant.accuracy_generated is not None else constant.accuracy_likelihood
+    currency = next((arm.energy.currency for arm in arms if arm.energy), "")
+    title = f"{currency} for 1,000 answers" if priced else "seconds for 1,000 answers"
+    floor = next((desk_share(arm) for arm in report.arms if arm.arm == "trivial"), None)
     top = 1.05 * max(row["high"] for row in rows)
 
     def draw(width: int) -> Any:
         small = width < 400
         plot = alt.Chart(alt.Data(values=rows))
         x = alt.X("price:Q", scale=alt.Scale(domain=[0, top], nice=False),
-                  axis=alt.Axis(title=f"{currency} for 1,000 answers", tickCount=4, grid=False, format="~g"))  # fmt: skip
-        y = alt.Y("share:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title=None, format="%", tickCount=5, domain=False, ticks=False))
+                  axis=alt.Axis(title=title, tickCount=3, grid=False, format="~g", titlePadding=6))  # fmt: skip
+        ticks = alt.Axis(title=None, format="%", tickCount=5, domain=False, ticks=False)
+        y = alt.Y("share:Q", scale=alt.Scale(domain=[0, 1.05], nice=False), axis=ticks)
         colour = alt.Color("colour:N", scale=None)
-        layers = []
+        low = alt.X("low:Q", scale=alt.Scale(domain=[0, top], nice=False), axis=x["axis"])
+        area = alt.Size("bytes:Q", scale=alt.Scale(domain=[0, max(row["bytes"] for row in rows) or 1], range=[0, 700]), legend=None)
+        layers = [
+            plot.mark_rule(strokeWidth=1.5, opacity=0.8).encode(x=low, x2="high:Q", y=y, color=colour),
+            plot.mark_circle(opacity=0.95).encode(x=x, y=y, size=area, color=colour),
+        ]
         if floor is not None:
-            line = alt.Chart(alt.Data(values=[{"at": floor, "word": "one constant answer"}]))
-            layers += [line.mark_rule(color=MUTED, strokeDash=[4, 3]).encode(y="at:Q"),
-                       line.mark_text(align="left", dy=-8, dx=4, fontSize=TEXT - 1, color=MUTED).encode(y="at:Q", x=alt.value(0), text="word:N")]  # fmt: skip
-        layers.append(plot.mark_rule(strokeWidth=1.5, opacity=0.7).encode(x="low:Q", x2="high:Q", y=y, color=colour))
-        area = alt.Size("bytes:Q", scale=alt.Scale(domain=[0, max(row["bytes"] for row in rows) or 1], range=[0, 900]), legend=None)
-        layers.append(plot.mark_circle(opacity=0.95).encode(x=x, y=y, size=area, color=colour))
+            line = alt.Chart(alt.Data(values=[{"share": floor, "text": "one constant answer"}]))
+            layers.append(line.mark_rule(color=MUTED, strokeDash=[4, 3]).encode(y=y))
+            word = line.mark_text(align="left", dy=-8, dx=4, fontSize=TEXT - 1, color=MUTED)
+            layers.append(word.encode(y=y, x=alt.value(0), text="text:N"))
         for index, row in enumerate(rows):
-            label = alt.Chart(alt.Data(values=[{**row, "text": f"{row['arm']} ({row['memory']})"}]))
-            below = index % 2 == 1
-            right = row["price"] > 0.6 * top
-            layers.append(label.mark_text(fontSize=TEXT - (1 if small else 0), color=INK, dy=28 if below else -26,
-                                          align="right" if right and small else "center").encode(x=x, y=y, text="text:N"))  # fmt: skip
-        return alt.layer(*layers).properties(width=width - 46, height=290 if small else 320)
+            label = alt.Chart(alt.Data(values=[row]))
+            above = index % 2 == 0 and row["share"] < 0.97
+            align: Any = "right" if row["price"] > 0.75 * top else "center"
+            shift = 14 if align == "right" else 0
+            text = label.mark_text(fontSize=TEXT, color=INK, dy=-23 if above else 24, align=align, dx=shift)
+            layers.append(text.encode(x=x, y=y, text="text:N"))
+        return alt.layer(*layers).properties(width=width - 46, height=280 if small else 320)
 
     return draw
 
 
+SHORT = {"base-16bit": "original 16 bit", "base-nf4": "original 4 bit", "qlora": "tuned 4 bit"}
+
+
+def desk_share(arm: ArmResult) -> float | None:
+    """Share of right answers on the study's own task: as written, or as chosen where nothing was written."""
+    task = arm.tasks.get("desk")
+    if task is None:
+        return None
+    return task.accuracy_likelihood if task.accuracy_generated is None else task.accuracy_generated
+
+
+def _price(arm: ArmResult, priced: bool) -> tuple[float, float, float] | None:
+    if priced and arm.energy and arm.energy.per_1000_answers.money:
+        money = arm.energy.per_1000_answers.money
+        return money.value, money.low, money.high
+    answer = arm.latency.answer_ms if arm.latency else None
+    return None if answer is None or answer.p50 is None else (answer.p50, answer.p50, answer.p95 or answer.p50)
+
+
 def losses(runs: list[TrainingRun], accent: str) -> Callable[[int], Any] | None:
     """Loss against tokens read: thin lines for training, dots for validation, the label prior as a dashed line. Log scale."""
-    thin, dots = [], []
+    thin: list[dict[str, Any]] = []
+    dots: list[dict[str, Any]] = []
     for run in runs:
         colour, who = (accent if run.shipped else GREY), f"seed {run.seed}"
         for _, tokens, train, valid in run.losses:
@@ -196,12 +219,15 @@ def losses(runs: list[TrainingRun], accent: str) -> Callable[[int], Any] | None:
     if not thin and not dots:
         return None
     prior = next((run.label_prior_loss for run in runs if run.label_prior_loss), None)
+    known = [row["loss"] for row in thin + dots] + ([prior] if prior else [])
+    low, high = min(known) / 1.2, 1.2 * max(known)
+    ticks = [t for t in (0.0001, 0.001, 0.01, 0.03, 0.1, 0.3, 1, 3, 10) if low <= t <= high]
 
     def draw(width: int) -> Any:
         small = width < 400
-        x = alt.X("tokens:Q", axis=alt.Axis(title="tokens of training text read", grid=False, tickCount=4, format="~s"))
-        y = alt.Y("loss:Q", scale=alt.Scale(type="log", nice=True),
-                  axis=alt.Axis(title=None, tickCount=5, format="~g", domain=False, ticks=False))  # fmt: skip
+        x = alt.X("tokens:Q", axis=alt.Axis(title="tokens of training text read", grid=False, tickCount=4, format=",d", titlePadding=6))
+        y = alt.Y("loss:Q", scale=alt.Scale(type="log", domain=[low, high], nice=False, clamp=True),
+                  axis=alt.Axis(title=None, values=ticks, format="~g", domain=False, ticks=False))  # fmt: skip
         colour = alt.Color("colour:N", scale=None)
         lines = alt.Chart(alt.Data(values=thin)).mark_line(strokeWidth=1.2, opacity=0.55).encode(x=x, y=y, detail="who:N", color=colour)
         valid = alt.Chart(alt.Data(values=dots))
@@ -209,9 +235,9 @@ def losses(runs: list[TrainingRun], accent: str) -> Callable[[int], Any] | None:
         points = valid.mark_point(filled=True, size=60, opacity=1).encode(x=x, y=y, color=colour)
         layers = [lines, path, points]
         if prior is not None:
-            rule = alt.Chart(alt.Data(values=[{"at": prior, "word": "knowing only how common each answer is"}]))
-            layers += [rule.mark_rule(color=MUTED, strokeDash=[4, 3]).encode(y="at:Q"),
-                       rule.mark_text(align="right", dy=-8, fontSize=TEXT - 1, color=MUTED).encode(y="at:Q", x=alt.value(width - 46), text="word:N")]  # fmt: skip
+            rule = alt.Chart(alt.Data(values=[{"loss": prior, "word": "knowing only the mix of answers"}]))
+            word = rule.mark_text(align="right", dy=-8, fontSize=TEXT - 1, color=MUTED)
+            layers += [rule.mark_rule(color=MUTED, strokeDash=[4, 3]).encode(y=y), word.encode(y=y, x=alt.value(width - 46), text="word:N")]
         return alt.layer(*layers).properties(width=width - 46, height=230 if small else 260)
 
     return draw
@@ -219,23 +245,37 @@ def losses(runs: list[TrainingRun], accent: str) -> Callable[[int], Any] | None:
 
 def prediction_ratio(rows: list[Prediction]) -> Callable[[int], Any] | None:
     """Dots: measured over predicted, on a scale where half and double are equally far; the line is a perfect prediction."""
-    known = [{"what": row.what, "ratio": 1 + row.error, "text": ratio_text(row.error)} for row in rows if row.error is not None and row.error > -1]
+    known: list[dict[str, Any]] = [
+        {"what": row.what, "ratio": 1 + row.error, "text": ratio_text(row.error)}
+        for row in rows
+        if row.error is not None and row.error > -1
+    ]
     if not known:
         return None
-    far = max(2.0, *(max(row["ratio"], 1 / row["ratio"]) for row in known)) * 1.15  # type: ignore[type-var, operator]
+    far = 1.15 * max(2.0, *(max(row["ratio"], 1 / row["ratio"]) for row in known))
+
+    for row in known:
+        row |= {"start": 1 / far, "end": far, "one": 1}
+    marks = [t for t in (0.1, 0.25, 0.5, 1, 2, 4, 10) if 1 / far <= t <= far]
 
     def draw(width: int) -> Any:
         y = alt.Y("what:N", sort=[row["what"] for row in known], axis=None)
-        ticks = [t for t in (0.1, 0.25, 0.5, 1, 2, 4, 10) if 1 / far <= t <= far]
-        x = alt.X("ratio:Q", scale=alt.Scale(type="log", domain=[1 / far, far], nice=False),
-                  axis=alt.Axis(title="measured / predicted", values=ticks, labelExpr="datum.value + '\u00d7'", domain=False, ticks=False))  # fmt: skip
+        times = "datum.value + '\u00d7'"
+        axis = alt.Axis(title="measured / predicted", values=marks, labelExpr=times, grid=False, domain=False, ticks=False)
+
+        def x(field: str) -> alt.X:
+            return alt.X(f"{field}:Q", scale=alt.Scale(type="log", domain=[1 / far, far], nice=False), axis=axis)
+
         plot = alt.Chart(alt.Data(values=known))
-        line = alt.Chart(alt.Data(values=[{"at": 1}])).mark_rule(color=INK, strokeWidth=1.2).encode(x="at:Q")
-        stem = plot.mark_rule(strokeWidth=5, opacity=0.35, color=ACCENT).encode(y=y, x=x, x2=alt.datum(1))
-        dot = plot.mark_point(filled=True, size=100, color=ACCENT, opacity=1).encode(y=y, x=x)
-        name = plot.mark_text(align="left", dy=-16, fontSize=TEXT, color=INK).encode(y=y, x=alt.value(0), text="what:N")
-        value = plot.mark_text(align="right", dy=-16, fontSize=TEXT, color=INK).encode(y=y, x=alt.value(width), text="text:N")
-        return (line + stem + dot + name + value).properties(width=width, height=48 * len(known))
+        layers = [
+            plot.mark_rule(color=LINE, strokeWidth=1).encode(y=y, x=x("start"), x2="end:Q"),
+            plot.mark_rule(strokeWidth=5, opacity=0.4, color=ACCENT, strokeCap="round").encode(y=y, x=x("ratio"), x2="one:Q"),
+            plot.mark_tick(thickness=1.5, size=14, color=INK).encode(y=y, x=x("one")),
+            plot.mark_point(filled=True, size=90, color=ACCENT, opacity=1).encode(y=y, x=x("ratio")),
+            plot.mark_text(align="left", dy=-16, fontSize=TEXT, color=INK).encode(y=y, x=alt.value(0), text="what:N"),
+            plot.mark_text(align="right", dy=-16, fontSize=TEXT, color=INK).encode(y=y, x=alt.value(width), text="text:N"),
+        ]
+        return alt.layer(*layers).properties(width=width, height=46 * len(known))
 
     return draw
 

@@ -20,31 +20,44 @@ def render(report: dict[str, Any]) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(
-        percent=wording.percent, points=wording.points, size=wording.size, seconds=wording.seconds, milliseconds=wording.milliseconds,
-        energy=wording.energy, carbon=wording.carbon, digits=wording.digits, loss=wording.loss, p_value=wording.p_value,
-        task=wording.task_name, arm=_arm, money=wording.money, count=lambda n: wording.NONE if n is None else f"{n:,}",
-    )  # fmt: skip
+    environment.filters.update(FILTERS)
     return environment.get_template("report.html.j2").render(
         r=facts,
         style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
         pictures={name: Markup(svg) for name, svg in pictures(facts).items()},
-        arms=[arm for arm in facts.arms if arm.arm != "trivial"],
+        arms=[arm for arm in facts.arms if arm.arm != "trivial" and (arm.arm != "qlora" or arm.shipped)],
+        currency=next((arm.energy.currency for arm in facts.arms if arm.energy), ""),
         before=next((arm for arm in facts.arms if arm.arm == "base-16bit"), None),
         after=charts.shipped_arm(facts.arms),
         scores=wording.SCORES,
         tasks=wording.TASKS,
         word=_WORDS[facts.verdict.verdict],
         span=wording.span,
-        ranged=_ranged,
+        estimate=_estimate,
+        unreadable=_unreadable(facts),
+        notes=_arm_notes(facts),
+        skills=_skills(facts),
         predicted=_predicted,
         ratio=charts.ratio_text,
+        gate_kinds=GATE_KINDS,
         data_lines=_data_lines(facts),
-        machine_fact=lambda name, value: wording.size(value) if str(name).endswith("bytes") else _plain(value),
+        machine_fact=_machine_fact,
         trivial=facts.data.trivial_answer if facts.data else None,
     )
 
 
+GATE_KINDS = (
+    (
+        "superiority",
+        "Must be better",
+        "Dot: the measured difference. Bar: its interval. A check passes when the whole bar lies right of the upright line: no difference.",
+    ),
+    (
+        "non-inferiority",
+        "Must not be lost",
+        "The red line is the loss that the study allowed before it ran. A check passes when the whole bar lies right of it.",
+    ),
+)
 _WORDS = {"PASS": "Pass", "FAIL": "Fail", "INCONCLUSIVE": "Inconclusive"}
 
 
@@ -55,14 +68,15 @@ def pictures(facts: Report) -> dict[str, str]:
     for score in ("likelihood", "generated"):
         draw = charts.accuracy(facts, score, accent)
         if draw:
-            made[f"accuracy_{score}"] = charts.figure(draw, f"acc-{score}", _say_accuracy(facts, score))
+            made[f"accuracy_{score}"] = charts.figure(draw, f"acc-{score}", _say_accuracy(facts, score), narrow_only=True)
     for kind in ("superiority", "non-inferiority"):
         gates = [gate for gate in facts.gates if gate.kind == kind]
         if gates:
             made[kind] = charts.figure(charts.forest(gates), kind, " ".join(f"{g.title}: {g.verdict}. {g.reading}" for g in gates))
     draw = charts.cost_and_quality(facts, accent)
     if draw:
-        made["cost"] = charts.figure(draw, "cost", "Right answers against the price of 1,000 answers; the figures stand in the table below.")
+        told = "Right answers against the price of 1,000 answers; the figures stand in the table below."
+        made["cost"] = charts.figure(draw, "cost", told)
     draw = charts.losses(facts.training, accent)
     if draw:
         made["losses"] = charts.figure(draw, "loss", "Loss falling while training; the figures stand in the table below.")
@@ -89,14 +103,63 @@ def _arm(arm: str | ArmResult) -> str:
     return f"{wording.arm_name(stem)} (seed {seed})" if seed.isdigit() else wording.arm_name(name)
 
 
-def _ranged(estimate: Any, kind: str, currency: str = "") -> str:
+def _estimate(estimate: Any, kind: str, currency: str = "") -> tuple[str, str]:
+    """A figure and its interval, in words; dashes where it was not measured."""
+    if estimate is None:
+        return wording.NONE, ""
     show = {"energy": wording.energy, "carbon": wording.carbon, "watts": lambda w: f"{wording.digits(w, 2)} W"}.get(kind)
-    return wording.ranged(estimate, show or (lambda amount: wording.money(amount, currency)))
+    show = show or (lambda amount: wording.money(amount, currency))
+    return show(estimate.value), wording.between(estimate, show)
+
+
+def _unreadable(facts: Report) -> str:
+    """How many written answers named none of the permitted ones, or several; they count as wrong."""
+    told = []
+    for arm in facts.arms:
+        read = (arm.tasks["desk"].model_extra or {}).get("matched_by") if "desk" in arm.tasks and arm.arm != "trivial" else None
+        if read and (arm.arm != "qlora" or arm.shipped):
+            told.append(f"{wording.arm_name(arm.arm)} {read.get('none', 0) + read.get('several', 0):,}")
+    return "; ".join(told)
+
+
+def _arm_notes(facts: Report) -> list[str]:
+    """What the measuring noted, each once, with the arms it is about."""
+    about: dict[str, list[str]] = {}
+    for arm in facts.arms:
+        for note in (arm.model_extra or {}).get("notes") or []:
+            about.setdefault(str(note), []).append(_arm(arm))
+    return [f"{', '.join(arms)}: {note}." for note, arms in about.items()]
+
+
+def _skills(facts: Report) -> list[str]:
+    """Where the kept skills' questions come from, and under which licence."""
+    known: dict[str, Any] = {}
+    for arm in facts.arms:
+        known |= (arm.model_extra or {}).get("skills") or {}
+    lines = []
+    for task, told in known.items():
+        broken = len(told.get("broken") or [])
+        left_out = f"; {broken:,} broken lines left out" if broken else ""
+        name, about = wording.TASKS.get(task, (task, "a kept skill"))
+        lines.append(f"{name}: {about}. From {told['source']}, licence {told['licence']}{left_out}.")
+    return lines
 
 
 def _predicted(row: Prediction, value: float | None, currency: str) -> str:
     show = {"s": wording.seconds, "bytes": wording.size, "kWh": wording.energy}.get(row.unit)
     return show(value) if show else wording.money(value, currency)
+
+
+def _machine_fact(name: str, value: Any) -> str:
+    return wording.size(value) if name.endswith("bytes") and isinstance(value, int) else _plain(value)
+
+
+def _upper_first(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _counted(number: int | None) -> str:
+    return "not counted" if number is None else f"{number:,}"
 
 
 def _plain(value: Any) -> str:
@@ -113,8 +176,8 @@ def _data_lines(facts: Report) -> list[str]:
     lines = []
     if "rows_read" in told and "kept" in told:
         lines.append(f"{told['rows_read']:,} rows read, {told['kept']:,} kept.")
-    for column, count in (told.get("rows_other") or {}).items():
-        lines.append(f"{count:,} rows left out by `where` ({column}).")
+    if told.get("rows_other"):
+        lines.append(f"{told['rows_other']:,} rows set aside by the study's `where`.")
     over_long = told.get("over_long") or {}
     if over_long:
         done = {"cut": "cut", "drop": "dropped"}.get(str(over_long.get("action")), "refused")
@@ -122,8 +185,33 @@ def _data_lines(facts: Report) -> list[str]:
     if "no_trainable_token" in told:
         lines.append(f"Rows with nothing to learn from: {len(told['no_trainable_token']):,}.")
     if "duplicates_exact" in told:
-        lines.append(f"Repeated rows: {told['duplicates_exact']:,} exact, {told.get('duplicates_near', 0):,} nearly.")
+        lines.append(f"Repeated training rows: {told['duplicates_exact']:,} exactly, {_counted(told.get('duplicates_near'))} nearly.")
     if "shared_train_evaluation_exact" in told:
-        shared = f"{told['shared_train_evaluation_exact']:,} exact, {told.get('shared_train_evaluation_near', 0):,} nearly"
-        lines.append(f"Rows shared between training and judging: {shared}.")
-    return lines + [w[:1].upper() + w[1:] + ("" if w.endswith(".") else ".") for w in facts.data.warnings]
+        near = f"{_counted(told.get('shared_train_evaluation_near'))} held-out questions nearly equal one of them"
+        lines.append(f"Training rows that repeat a held-out question: {told['shared_train_evaluation_exact']:,}, removed; {near}, kept.")
+    second = told.get("second_group")
+    if second:
+        lines.append(f"Second group: {_plain(second)}.")
+    return lines + [_upper_first(w) + ("" if w.endswith(".") else ".") for w in facts.data.warnings]
+
+
+def _count(number: int | None) -> str:
+    return wording.NONE if number is None else f"{number:,}"
+
+
+FILTERS: dict[str, Any] = {
+    "arm": _arm,
+    "carbon": wording.carbon,
+    "count": _count,
+    "digits": wording.digits,
+    "energy": wording.energy,
+    "loss": wording.loss,
+    "milliseconds": wording.milliseconds,
+    "money": wording.money,
+    "percent": wording.percent,
+    "points": wording.points,
+    "seconds": wording.seconds,
+    "size": wording.size,
+    "task": wording.task_name,
+    "upperfirst": _upper_first,
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 TASKS = {
@@ -11,8 +12,8 @@ TASKS = {
     "commonsense_qa": ("CommonsenseQA", "general common sense: one of five answers"),
 }
 SCORES = {
-    "likelihood": ("choosing", "which of the permitted answers the model finds most likely"),
-    "generated": ("writing", "what the model writes by itself, compared after tidying case and spaces"),
+    "likelihood": ("choosing", "which of the permitted answers the model finds likeliest"),
+    "generated": ("writing", "the answer that the model writes by itself"),
 }
 MINUS = "\N{MINUS SIGN}"
 NONE = "\N{EM DASH}"
@@ -42,9 +43,14 @@ def points(share: float | None, sign: bool = True) -> str:
     return f"{value:+.1f}".replace("-", MINUS) if sign else f"{abs(value):.1f}"
 
 
+def allowance(margin: float | None) -> str:
+    """A margin as it was written: 0.05 -> 5 points."""
+    return NONE if margin is None else f"{100 * margin:g} point{'' if margin == 0.01 else 's'}"
+
+
 def span(low: float | None, high: float | None) -> str:
     """An interval of a difference in points, or a dash."""
-    return NONE if low is None or high is None else f"{points(low)} to {points(high)}"
+    return NONE if low is None or high is None else f"{points(low)} to {points(high)}".replace(" to ", "\N{NO-BREAK SPACE}to ")
 
 
 def size(count: float | None) -> str:
@@ -97,21 +103,21 @@ def money(amount: float | None, currency: str) -> str:
     return f"{digits(amount, 2) if amount < 10 else f'{amount:,.2f}'} {currency}".strip()
 
 
-def ranged(estimate: Any, show: Any) -> str:
+def ranged(estimate: Any, show: Callable[[float], str]) -> str:
     """`value (low to high)` of an estimate (attributes value, low, high), each through `show`."""
-    if estimate is None:
-        return NONE
-    return f"{show(estimate.value)} ({show(estimate.low)} to {show(estimate.high)})"
+    return NONE if estimate is None else f"{show(estimate.value)} ({between(estimate, show)})"
+
+
+def between(estimate: Any, show: Callable[[float], str]) -> str:
+    """`low to high` of an estimate, the unit said once where both have the same."""
+    low, high = show(estimate.low), show(estimate.high)
+    number, _, unit = low.partition(" ")
+    return f"{number if high.endswith(' ' + unit) else low} to {high}"
 
 
 def loss(value: float | None) -> str:
     """A loss in nats, three decimals."""
     return NONE if value is None else f"{value:.3f}"
-
-
-def p_value(value: float | None) -> str:
-    """A p-value, never shown as zero."""
-    return NONE if value is None else "under 0.0001" if value < 1e-4 else f"{value:.4f}"
 
 
 def arm_name(arm: str, trivial: str | None = None) -> str:
@@ -134,9 +140,8 @@ def gate_title(kind: str, task: str, score: str, over: str, margin: float | None
     """What a gate asks, as a short line."""
     how = SCORES.get(score, (score, ""))[0]
     if kind == "superiority":
-        other = {"trivial": f"always answering \u201c{trivial}\u201d" if trivial else "a constant answer", "base-16bit": "the original model"}
-        return f"Better than {other.get(over, 'the original model in 4 bit' if over == 'base-nf4' else over)} ({how})"
-    return f"{task_name(task)} kept, to within {points(margin, sign=False)} points"
+        return f"Better than {_other(over, trivial)} ({how})"
+    return f"{task_name(task)} kept, to within {allowance(margin)}"
 
 
 def gate_reading(gate: dict[str, Any]) -> str:
@@ -147,12 +152,16 @@ def gate_reading(gate: dict[str, Any]) -> str:
     more = f" About {needed:,} items would have decided it." if needed else ""
     if gate["kind"] == "superiority":
         if gate["verdict"] == "PASS":
-            tail = f" Even at the cautious end of its interval it is {points(low, sign=False)} points better." if low is not None else ""
+            tail = (
+                f" Even at the cautious end it is {points(low, sign=False)} points better, so chance does not explain it."
+                if low is not None
+                else ""
+            )
             return f"Measured {size_of}.{tail}"
         if gate["verdict"] == "FAIL":
             return f"Measured {size_of}. Even at the hopeful end of its interval it is not better."
         return f"Measured {size_of}, but its interval ({span(low, high)}) includes no difference at all.{more}"
-    allowed = f"{points(gate.get('margin'), sign=False)} points that the study allowed before the run"
+    allowed = f"{allowance(gate.get('margin'))} that the study allowed before the run"
     if gate["verdict"] == "PASS":
         if low is not None and low >= 0:
             return f"Measured {size_of}. Even at the cautious end nothing was lost."
@@ -197,7 +206,8 @@ def headline(verdict: str, gates: list[dict[str, Any]], trivial: str | None) -> 
     needed = [g["items_needed"] for g in open_ if g.get("items_needed")]
     items = max((g["items"] for g in open_), default=0)
     todo = (
-        f"Hold out more items and run again: about {max(needed):,} instead of {items:,} would have decided it if the difference is what it seems."
+        f"Hold out more items and run again: about {max(needed):,} instead of {items:,} would have decided it, "
+        "if the difference is what it seems."
         if needed
         else "Hold out more items, or train on more examples, and run the study again. Until then keep what you use today."
     )
