@@ -39,7 +39,7 @@ def plan(study: Study, base: Path, data: Path) -> dict[str, Any]:
     train_seconds = len(study.train.seeds) * (tokens / probe["tokens"] * probe["seconds"] + probe["load_seconds"])
     evaluate_seconds = _evaluate_seconds(study, base, data, check)
     total = train_seconds + evaluate_seconds
-    watts = power(study.cost.watts, machine.cpu, cores_used=environment.threads(study), virtual=machine.virtual)
+    watts = power(study.cost.watts, machine, threads=environment.threads(study))
     kwh = watts.watts * total / 3.6e6
     return {
         "model_bytes": probe["model_bytes"],
