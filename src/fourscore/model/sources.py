@@ -113,7 +113,10 @@ def _from_hub(info: ModelInfo, revision: str | None) -> Path:
     staging = folder.with_name(f".{folder.name}@{commit[:12]}.part")  # kept between runs: the hub's client resumes in it
     say(f"{info.name}: fetching {hub.repository} at {commit[:12]} from the model hub")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    if os.environ.get("FOURSCORE_QUIET") == "1":
+        disable_progress_bars()
     try:
         snapshot_download(
             hub.repository,
