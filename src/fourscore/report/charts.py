@@ -34,7 +34,7 @@ def figure(draw: Callable[[int], Any], name: str, description: str, narrow_only:
 def _svg(chart: Any, prefix: str) -> str:
     configured = (
         chart.configure(background="transparent", font="sans-serif", padding=2)
-        .configure_view(strokeOpacity=0)
+        .configure_view(stroke=None)
         .configure_axis(
             labelFontSize=TEXT - 1, titleFontSize=TEXT - 1, labelColor=MUTED, titleColor=MUTED, titleFontWeight="normal",
             gridColor=LINE, domainColor=LINE, tickColor=LINE, aria=False,
@@ -43,12 +43,19 @@ def _svg(chart: Any, prefix: str) -> str:
         .configure_title(fontSize=TEXT, fontWeight=600, color=INK, anchor="start", aria=False)
     )  # fmt: skip
     svg = vl_convert.vegalite_to_svg(configured.to_dict(), allowed_base_urls=[])
-    svg = re.sub(r'\b(id="|url\(#|href="#)', lambda m: f"{m.group(1)}{prefix}-", svg)  # one page, many pictures: ids must differ
+    svg = _own_ids(svg, prefix)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
     svg = re.sub(r' (role|aria-[a-z]+)="[^"]*"', "", svg)
     width, height = (re.search(rf'<svg[^>]*? {side}="([\d.]+)"', svg)[1] for side in ("width", "height"))  # type: ignore[index]
     root = f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" aria-hidden="true" focusable="false">'
     return re.sub(r"<svg[^>]*>", root, svg, count=1)
+
+
+def _own_ids(svg: str, prefix: str) -> str:
+    """Ids numbered anew: Vega counts on over the whole process, and on one page the ids of many pictures must differ."""
+    for number, name in enumerate(re.findall(r'\bid="([^"]+)"', svg)):
+        svg = re.sub(rf'(id="|url\(#|href="#){re.escape(name)}(?=[")])', rf"\g<1>{prefix}-{number}", svg)
+    return svg
 
 
 def accuracy(report: Report, score: str, accent: str) -> Callable[[int], Any] | None:

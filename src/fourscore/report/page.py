@@ -24,7 +24,7 @@ def render(report: dict[str, Any]) -> str:
     return environment.get_template("report.html.j2").render(
         r=facts,
         style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
-        pictures={name: Markup(svg) for name, svg in pictures(facts).items()},
+        pictures={**dict.fromkeys(PICTURES, Markup("")), **{name: Markup(svg) for name, svg in pictures(facts).items()}},
         arms=[arm for arm in facts.arms if arm.arm != "trivial" and (arm.arm != "qlora" or arm.shipped)],
         currency=next((arm.energy.currency for arm in facts.arms if arm.energy), ""),
         before=next((arm for arm in facts.arms if arm.arm == "base-16bit"), None),
@@ -59,6 +59,9 @@ GATE_KINDS = (
     ),
 )
 _WORDS = {"PASS": "Pass", "FAIL": "Fail", "INCONCLUSIVE": "Inconclusive"}
+
+
+PICTURES = ("accuracy_likelihood", "accuracy_generated", "superiority", "non-inferiority", "cost", "losses", "predictions")
 
 
 def pictures(facts: Report) -> dict[str, str]:
