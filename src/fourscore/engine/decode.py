@@ -13,9 +13,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from fourscore.engine.runner import Runner
+from fourscore.engine.runner import Runner, can_shrink
 
 BATCH_ROWS, BATCH_TOKENS = 32, 8192  # most rows in a batch, and most tokens its caches may hold when all rows run to the end
 
@@ -31,7 +30,7 @@ class Generation:
 
 @dataclass
 class DecodeState:
-    """One sequence under way: its tokens so far, the token that comes next, and the cache of all tokens in `ids`."""
+    """One sequence under way: its tokens so far, the token that comes next, and the cache of all tokens in `ids` (None: no cache)."""
 
     ids: list[int]
     next_id: int
@@ -39,29 +38,22 @@ class DecodeState:
     cache: Any = field(repr=False)
 
 
-def batches(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[list[int]]:
-    """Numbers of the prompts in batches of similar length, longest first (what does not fit in memory fails at once)."""
+def batches(prompts: Sequence[Sequence[int]], max_new_tokens: int, alone_above: int | None = None) -> Iterator[list[int]]:
+    """Numbers of the prompts in batches of similar length, longest first (what does not fit in memory fails at once).
+
+    A prompt that can grow above `alone_above` tokens has a batch of its own.
+    """
     batch: list[int] = []
     longest = 0
     for i in sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), tuple(prompts[i]), i)):
         longest = longest or len(prompts[i])
-        if batch and (len(batch) == BATCH_ROWS or (len(batch) + 1) * (longest + max_new_tokens) > BATCH_TOKENS):
+        alone = alone_above is not None and longest + max_new_tokens > alone_above
+        if batch and (alone or len(batch) == BATCH_ROWS or (len(batch) + 1) * (longest + max_new_tokens) > BATCH_TOKENS):
             yield batch
             batch, longest = [], len(prompts[i])
         batch.append(i)
     if batch:
         yield batch
-
-
-def next_logits(runner: Runner, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
-    """Feed tokens [rows, n] after what the cache holds; the logits after the last one, f32 [rows, vocabulary].
-
-    mask: [rows, all tokens so far], 0 on padding.
-    """
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-    kept = {"logits_to_keep": 1} if runner.keeps else {}
-    out = runner.network(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **kept)
-    return out.logits[:, -1].float()
 
 
 def decode(
@@ -79,12 +71,12 @@ def decode(
     device = runner.device
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    cache = DynamicCache(config=runner.network.config)
+    cache = runner.new_cache()
     rows = list(range(len(prompts)))  # the prompt in each row of the batch
     done = [False] * len(prompts)
     new: list[list[int]] = [[] for _ in prompts]
     while True:
-        logits = next_logits(runner, ids, mask, cache)
+        logits = runner.extend(ids, mask, cache)
         for at, row in enumerate(rows):
             if not done[row]:
                 new[row].append(pick(row, logits[at]))
@@ -92,12 +84,22 @@ def decode(
         alive = [at for at, row in enumerate(rows) if not done[row]]
         if not alive:
             return new
-        if len(alive) <= len(rows) * 3 // 4:  # dropping rows copies the cache: worth it when a good part has ended
+        if len(alive) <= len(rows) * 3 // 4 and can_shrink(cache):  # dropping rows copies the cache: worth it when a good part has ended
             chosen = torch.tensor(alive, device=device)
             cache.batch_select_indices(chosen)
             mask, rows = mask[chosen], [rows[at] for at in alive]
         ids = torch.tensor([[new[row][-1]] for row in rows], device=device)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=-1)
+
+
+def decode_again(
+    runner: Runner, prompt: list[int], max_new_tokens: int, pick: Callable[[Tensor], int], ended: Callable[[list[int]], bool]
+) -> list[int]:
+    """The new tokens of one prompt, each computed from the whole sequence anew: slow, and right for every network."""
+    new: list[int] = []
+    while not new or not (len(new) == max_new_tokens or ended(new)):
+        new.append(pick(runner.plain(prompt + new, 1)[0].float()))
+    return new
 
 
 def sampler(temperature: float, seed: int, prompts: Sequence[Sequence[int]]) -> Callable[[int, Tensor], int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 from fourscore.engine.adapters import Adapters
-from fourscore.engine.decode import DecodeState, Generation, batches, decode, next_logits, sampler
+from fourscore.engine.decode import DecodeState, Generation, batches, decode, decode_again, sampler
 from fourscore.engine.packing import packs
-from fourscore.engine.runner import Runner, packing_fault
+from fourscore.engine.runner import Runner
+from fourscore.engine.trial import caching_fault, packing_fault
 from fourscore.files import FourscoreError
 from fourscore.progress import say
 
@@ -52,6 +54,7 @@ class Engine:
         self.pack_tokens = min(pack_tokens, self.runner.reach or pack_tokens)
         self.stop_ids = _stop_ids(model)
         self.path: Literal["packed", "plain"] = path
+        self._cached: bool | None = None
         if path == "packed":
             with self._running(None):
                 fault = packing_fault(self.runner)
@@ -131,20 +134,35 @@ class Engine:
         stops = self.stop_ids | set(stop_ids or ())
         pick = sampler(temperature, seed, prompts)
         results: dict[int, Generation] = {}
+
+        def ended(ids: list[int]) -> bool:
+            return ids[-1] in stops or self._stopped(ids, stop_strings)
+
         with self._running(adapter):
-            for batch in batches(prompts, max_new_tokens):
-                new = decode(
-                    self.runner,
-                    [list(prompts[i]) for i in batch],
-                    max_new_tokens,
-                    lambda row, logits, batch=batch: pick(batch[row], logits),  # type: ignore[misc]
-                    lambda ids: ids[-1] in stops or self._stopped(ids, stop_strings),
-                )
+            for batch in batches(prompts, max_new_tokens, 0 if not self._caches() else self.runner.rope_switch):
+                new = self._decode([list(prompts[i]) for i in batch], max_new_tokens, [partial(pick, i) for i in batch], ended)
                 for i, ids in zip(batch, new, strict=True):
                     results[i] = self._generation(ids, stops, stop_strings)
                 if advance is not None:
                     advance(len(batch))
         return [results[i] for i in range(len(prompts))]
+
+    def _decode(
+        self, prompts: list[list[int]], max_new_tokens: int, picks: list[Callable[[Tensor], int]], ended: Callable[[list[int]], bool]
+    ) -> list[list[int]]:
+        if self._caches():
+            return decode(self.runner, prompts, max_new_tokens, lambda row, logits: picks[row](logits), ended)
+        return [decode_again(self.runner, p, max_new_tokens, pick, ended) for p, pick in zip(prompts, picks, strict=True)]
+
+    def _caches(self) -> bool:
+        """Whether the network decodes with a cache; tried once, and said where it does not."""
+        if self._cached is None:
+            with self._running(None):
+                fault = caching_fault(self.runner)
+            if fault:
+                say(f"{type(self.runner.network).__name__}: {fault}; every new token computes its whole sequence again")
+            self._cached = fault is None
+        return self._cached
 
     def _stopped(self, ids: list[int], stop_strings: Sequence[str]) -> bool:
         if not stop_strings:
@@ -161,10 +179,8 @@ class Engine:
 
     def prefill(self, prompt: Sequence[int], adapter: str | None = None) -> DecodeState:
         """Compute a prompt and choose the first token (`state.next_id`, the likeliest): what a reader waits for at first."""
-        from transformers import DynamicCache
-
         self._fits(len(prompt) + 1, "the prompt", "shorten it")
-        state = DecodeState(list(prompt), -1, adapter, DynamicCache(config=self.runner.network.config))
+        state = DecodeState(list(prompt), -1, adapter, self.runner.new_cache() if self._caches() else None)
         return self._advance(state, list(prompt))
 
     def step(self, state: DecodeState) -> int:
@@ -175,9 +191,13 @@ class Engine:
 
     def _advance(self, state: DecodeState, ids: list[int]) -> DecodeState:
         with self._running(state.adapter):
-            tokens = torch.tensor([ids], device=self.runner.device)
-            mask = torch.ones(1, len(state.ids), dtype=torch.long, device=self.runner.device)
-            state.next_id = int(next_logits(self.runner, tokens, mask, state.cache)[0].argmax())
+            if state.cache is None:
+                logits = self.runner.plain(state.ids, 1)[0].float()
+            else:
+                tokens = torch.tensor([ids], device=self.runner.device)
+                mask = torch.ones(1, len(state.ids), dtype=torch.long, device=self.runner.device)
+                logits = self.runner.extend(tokens, mask, state.cache)[0]
+            state.next_id = int(logits.argmax())
         return state
 
     def _sequence(self, number: int, context: Sequence[int], continuation: Sequence[int]) -> list[int]:

@@ -11,24 +11,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from fourscore.engine.packing import Pack, packs
+from fourscore.engine.packing import Pack
 
 # Attention that reaches back only so far. Every name under which transformers' configurations keep such a reach.
 REACH = ("sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size", "window_size", "sliding_windows")
 
 
 class Runner:
-    """Runs one network. `limit`: most tokens a sequence may have (None: no limit); `reach`: most tokens a pack may have."""
+    """Runs one network.
+
+    limit: most tokens a sequence may have (None: no limit). reach: most tokens a pack may have, because attention is local
+    beyond it or rotary frequencies change there; longer sequences run by themselves. recurrent: some layers carry a state.
+    """
 
     def __init__(self, network: Any) -> None:
         self.network = network
-        config = self.network.config.get_text_config()
+        config = network.config.get_text_config()
         parameters = inspect.signature(network.forward).parameters
         self.keeps = "logits_to_keep" in parameters
-        self.limit = first_int(config, ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"))
-        self.reach = _reach(config)
+        self.takes_positions = "position_ids" in parameters
+        self.limit = _first_int(config, ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"))
+        self.rope_switch = _rope_switch(config)
+        reaches = [self.rope_switch, *(getattr(config, name, None) for name in REACH)]
+        self.reach: int | None = min((r for r in reaches if isinstance(r, int) and r > 0), default=None)
         self.vocabulary = int(config.vocab_size)
+        self.recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.new_cache().layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the hidden states."""
+        return self.network.get_input_embeddings().weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -51,50 +66,44 @@ class Runner:
         logits = self.network(input_ids=torch.tensor([pack.ids], device=self.device), use_cache=False, **inputs).logits[0]
         return logits if self.keeps else logits[keep]
 
+    def new_cache(self) -> Cache:
+        """An empty cache of the kinds that the network's layers want."""
+        return DynamicCache(config=self.network.config)
+
+    def extend(self, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+        """Feed tokens [rows, n] after what the cache holds; the logits after the last one, f32 [rows, vocabulary].
+
+        mask: [rows, all tokens so far], 0 on the padding at the left.
+        """
+        kept = {"logits_to_keep": 1} if self.keeps else {}
+        positions = {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]} if self.takes_positions else {}
+        out = self.network(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **positions, **kept)
+        return out.logits[:, -1].float()
+
     def _mask(self, pack: Pack) -> Tensor:
         """The pack's mask as added to attention scores: [1, 1, tokens, tokens], 0 or the lowest number of the dtype."""
-        dtype = self.network.get_input_embeddings().weight.dtype
+        dtype = self.dtype
         hidden = ~pack.visible().to(self.device)
         return torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(hidden, torch.finfo(dtype).min)[None, None]
 
 
-def first_int(config: Any, names: tuple[str, ...]) -> int | None:
+def _first_int(config: Any, names: tuple[str, ...]) -> int | None:
     """The first of these attributes that is a whole number, or None."""
     return next((value for name in names if isinstance(value := getattr(config, name, None), int) and value > 0), None)
 
 
-def _reach(config: Any) -> int | None:
-    """Most tokens a pack may have so that neither a local attention nor a length-dependent rotary embedding sees a difference."""
-    reaches = [value for name in REACH if isinstance(value := getattr(config, name, None), int) and value > 0]
+def _rope_switch(config: Any) -> int | None:
+    """The length beyond which rotary frequencies depend on the longest sequence of a batch (dynamic and longrope scaling)."""
     rope = getattr(config, "rope_parameters", None) or {}
-    if "longrope" in str(rope) or "dynamic" in str(rope):
-        reaches += [value for value in (first_int(config, ("original_max_position_embeddings", "max_position_embeddings")),) if value]
-        reaches += [int(rope["original_max_position_embeddings"])] if "original_max_position_embeddings" in rope else []
-    return min(reaches) if reaches else None
+    per_kind = [r for r in rope.values() if isinstance(r, dict)] or [rope]  # some networks have one set for each kind of layer
+    ends = [
+        r.get("original_max_position_embeddings") or _first_int(config, ("original_max_position_embeddings", "max_position_embeddings"))
+        for r in per_kind
+        if r.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min((int(end) for end in ends if end), default=None)
 
 
-def packing_fault(runner: Runner) -> str | None:
-    """Why this network must not be packed, found by trying: None when a small random pack gives the plain logits.
-
-    The bound on the relative root-mean-square difference of the logits is the square root of the dtype's epsilon (3e-4 in f32,
-    0.09 in bf16): rounding stays well below, a mask or a position that the network ignores goes far above.
-    """
-    generator = torch.Generator().manual_seed(4)
-    length = min(48, runner.reach or 48, runner.limit or 48)
-    if length < 8:
-        return f"its attention reaches only {length} tokens"
-    tokens = torch.randint(0, runner.vocabulary, (2 * length,), generator=generator).tolist()
-    half, third = length // 2, length // 3
-    sequences = [tokens[:half], tokens[:third] + tokens[half : half + third], tokens[length : length + third]]
-    (pack,) = packs(sequences, budget=2 * length)
-    try:
-        got = runner.packed(pack, list(range(len(pack.ids)))).float()
-        for member, path in zip(pack.members, pack.paths, strict=True):
-            want = runner.plain(sequences[member], len(path)).float()
-            error = (got[path] - want).square().mean().sqrt() / want.std().clamp_min(1e-30)
-            bound = torch.finfo(runner.network.get_input_embeddings().weight.dtype).eps ** 0.5
-            if not error <= bound:
-                return f"its logits differ by {error:.1%} when sequences are packed"
-    except Exception as error:
-        return f"its attention takes no mask per token ({type(error).__name__})"
-    return None
+def can_shrink(cache: Cache) -> bool:
+    """Whether rows can leave a cache that is in use (recurrent states in transformers cannot)."""
+    return all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
