@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 TRAINED_OPEN, TRAINED_CLOSE = "[[", "]]"  # the mask must be visible without colour too
+LONGEST_SHOWN = 1200  # characters of an example's prompt
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _labels(check: Check) -> Table:
     table = _grid("Answer", "train", "validation", "evaluation")
     for answer in check.labels["train"] | check.labels["validation"] | check.labels["evaluation"]:
         counts = {part: check.labels[part].get(answer, 0) for part in ("train", "validation", "evaluation")}
-        name = answer + ("  (the trivial answer)" if answer == check.trivial_answer else "")
+        name = _printable(answer) + ("  (the trivial answer)" if answer == check.trivial_answer else "")
         table.add_row(Text(name), *(f"{n:,} {n / max(1, check.rows[part]):4.0%}" for part, n in counts.items()))
     return table
 
@@ -153,8 +154,20 @@ def _examples(check: Check) -> list[RenderableType]:
         text = Text(f"  row {example['number']}: ", style="dim")
         for piece in example["pieces"]:
             if piece["trained"]:
-                text.append(f"{TRAINED_OPEN}{piece['text']}{TRAINED_CLOSE}", style="bold green")
+                text.append(f"{TRAINED_OPEN}{_printable(piece['text'])}{TRAINED_CLOSE}", style="bold green")
             else:
-                text.append(piece["text"], style="not dim")
+                text.append(_shortened(_printable(piece["text"])), style="not dim")
         parts += [text, ""]
     return parts
+
+
+def _printable(text: str) -> str:
+    """Data must not steer the terminal: control characters are shown as escapes."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _shortened(text: str) -> str:
+    """A long prompt's beginning and end."""
+    left_out = len(text) - LONGEST_SHOWN
+    half = LONGEST_SHOWN // 2
+    return text if left_out <= 0 else f"{text[:half]} (... {left_out:,} characters not shown ...) {text[-half:]}"

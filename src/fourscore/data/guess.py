@@ -119,7 +119,7 @@ def _answer(table: Table, wanted: str | None) -> str:
     raise FourscoreError(
         f"which column holds the answer cannot be told (columns: {columns})",
         where=table.source,
-        todo="name it: `fourscore init --answer-column COLUMN`" + (f", perhaps {' or '.join(few)}" if few else ""),
+        todo="name it: `fourscore init --answer COLUMN`" + (f", perhaps {' or '.join(few)}" if few else ""),
     )
 
 
