@@ -11,7 +11,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -178,19 +178,17 @@ class Meter:
 
 def power(
     watts: float | None = None,
-    cpu: str = "",
+    machine: Machine | None = None,
     *,
     measured_watts: float | None = None,
-    cores_used: int | None = None,
-    part_cores: int | None = None,
-    virtual: bool = False,
+    threads: int | None = None,
     tdp: Mapping[str, float] | None = None,
 ) -> Power:
     """Power under load, by the best method at hand: the user's wall meter, RAPL, the part's TDP, or a figure per core.
 
     watts: the study's wall-meter figure; it covers the whole machine, so it goes before RAPL (spec.Cost says so).
-    measured_watts: RAPL joules over seconds of the timed region. tdp: watts by part name; only used on bare metal, where
-    the part's own number of cores is known.
+    machine: this one where none is given. measured_watts: RAPL joules over seconds of the timed region. threads: how many
+    compute, all where not given. tdp: watts by part name; only used on bare metal, where the part's own number of cores is known.
 
     Intervals: a wall meter is taken as good to 10%. RAPL leaves out the power supply, disks and board, and includes every
     other program: 0.9 to 2 times. Estimates from TDP are wrong by up to 40% against a meter (arXiv 2509.22092) and are
@@ -203,28 +201,31 @@ def power(
     if measured_watts is not None:
         note = "the processor's own counters (RAPL) over the timed requests: package and memory, other programs included, power supply not"
         return Power("RAPL", measured_watts, 0.9 * measured_watts, 2.0 * measured_watts, note)
-    used = cores_used or part_cores or os.cpu_count() or 1
-    name = part_name(cpu)
-    if tdp and name in tdp and part_cores and not virtual:
-        share = tdp[name] * min(1.0, used / part_cores)
-        note = f"estimate: {tdp[name]:g} W TDP of {name}, {min(used, part_cores)} of {part_cores} cores used"
+    machine = machine or describe_machine()
+    used = min(threads or machine.cores, machine.cores)
+    name = part_name(machine.cpu)
+    if tdp and name in tdp and not machine.virtual:
+        share = tdp[name] * used / machine.cores
+        note = f"estimate: {tdp[name]:g} W TDP of {name}, {used} of {machine.cores} cores used"
         return Power("TDP share", share, 0.5 * share, 2.0 * share, note)
-    kind = "server" if virtual or SERVER.search(cpu) else "laptop" if LAPTOP.search(cpu) else "desktop"
+    kind = processor_kind(machine)
     guess = WATTS_PER_CORE[kind] * used
     note = f"estimate: {used} cores at {WATTS_PER_CORE[kind]:g} W, usual for a {kind} processor" + (
-        " (a virtual machine)" if virtual else ""
+        " (a virtual machine)" if machine.virtual else ""
     )
     return Power("watts per core", guess, 0.5 * guess, 2.0 * guess, note)
 
 
+def processor_kind(machine: Machine) -> str:
+    """ "server", "laptop" or "desktop", from the processor's name; a virtual machine is taken to run on a server."""
+    if machine.virtual or SERVER.search(machine.cpu):
+        return "server"
+    return "laptop" if LAPTOP.search(machine.cpu) else "desktop"
+
+
 def part_name(cpu: str) -> str:
     """A processor's name as lists of parts write it: "Intel(R) Core(TM) i5-8250U CPU @ 1.60GHz" -> "Intel Core i5-8250U"."""
-    name = re.sub(r"\((R|TM|C)\)|®|™", "", cpu)
+    name = re.sub(r"\((R|TM|C)\)|®|™|^\d+(?:th|rd|nd|st) Gen ", "", cpu)
     name = re.sub(r"\s*@.*$", "", name)
     name = re.sub(r"\b(CPU|Processor|with .*$|w/ .*$|\d+-Core|(Two|Four|Six|Eight|Twelve|Sixteen)-Core)", "", name)
     return " ".join(name.split())
-
-
-def scaled(estimate: Power, factor: float) -> Power:
-    """The same power times `factor`, interval included."""
-    return replace(estimate, watts=estimate.watts * factor, low=estimate.low * factor, high=estimate.high * factor)

@@ -102,11 +102,11 @@ def _check(arm: str, adapter: Path | None) -> None:
 
 def _trivial(train: Sequence[Row], rows: Sequence[Row], base: Path, out: Path) -> dict[str, Any]:
     """The arm that always gives the most frequent training answer; it needs no model, only the tokenizer for the hashes."""
-    from transformers import AutoTokenizer
+    from fourscore.model import load_tokenizer
 
     began = time.perf_counter()
     answer = best_constant(train)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     items = []
     for row in rows:
         rendered = render_row(tokenizer, row.messages, row.answer)
@@ -215,7 +215,11 @@ def _kernels(arm: str) -> str:
 
 
 def questions(task: str, rows: Sequence[Row], tokenizer: Any, *, per_byte: bool = False) -> list[Question]:
-    """Rows in tokens. per_byte: choices are compared by log-likelihood per byte of their text (kept skills)."""
+    """Rows in tokens. per_byte: choices are compared by log-likelihood per byte of their text (kept skills).
+
+    Then the text alone is scored, as lm-eval does: the end-of-turn token has no byte to be divided by. The desk's answers are
+    scored whole, end of turn included, which is what is trained and what must be written for an answer to end.
+    """
     asked = []
     for row in rows:
         answers = row.choices or [row.answer]
@@ -227,7 +231,7 @@ def questions(task: str, rows: Sequence[Row], tokenizer: Any, *, per_byte: bool 
         ids = []
         for answer in answers:
             rendered = render_row(tokenizer, row.messages, answer)
-            ids.append(rendered.ids[rendered.prompt_length :])
+            ids.append(rendered.ids[rendered.prompt_length : -1 if per_byte else None])
         lengths = [len(answer.encode()) for answer in answers] if per_byte else None
         asked.append(Question(task, row, prompt, prompt_hash(prompt), ids, answers.index(row.answer), lengths))
     return asked
@@ -287,13 +291,5 @@ def _fidelity(
 
 def _energy(timed: Latency, study: Study) -> dict[str, Any]:
     machine, tables = describe_machine(), read_tables()
-    drawn = power(
-        study.cost.watts,
-        machine.cpu,
-        measured_watts=timed.watts,
-        cores_used=min(torch.get_num_threads(), machine.cores),
-        part_cores=machine.cores,
-        virtual=machine.virtual,
-        tdp=tables.tdp,
-    )
+    drawn = power(study.cost.watts, machine, measured_watts=timed.watts, threads=torch.get_num_threads(), tdp=tables.tdp)
     return cost_of_answers(drawn, timed.answer_seconds, study.cost, tables)

@@ -7,6 +7,7 @@ average, which is written here with its source.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import io
@@ -53,8 +54,11 @@ def parse_tables(mix: bytes, parts: bytes) -> Tables:
     generated = {code: float(countries[code]["total_TWh"]) for code in known}
     world = sum(known[code][0] * generated[code] for code in known) / sum(generated.values())
     known["WORLD"] = (world, max(year for _, year in known.values()))
-    rows = csv.DictReader(io.StringIO(parts.decode("utf-8")))
-    return Tables(known, {row["Name"].strip(): float(row["TDP"]) for row in rows})
+    watts = {}
+    for row in csv.DictReader(io.StringIO(parts.decode("utf-8"))):
+        with contextlib.suppress(ValueError):  # a few figures of the table are torn ("27.29.5"); such a part counts as unknown
+            watts[row["Name"].strip()] = float(row["TDP"])
+    return Tables(known, watts)
 
 
 def carbon_intensity(country: str, tables: Tables) -> tuple[float | None, str]:

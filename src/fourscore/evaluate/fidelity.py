@@ -10,6 +10,7 @@ Flips are answers that turned from right to wrong or back (Dutta et al. 2024, ar
 from __future__ import annotations
 
 import math
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ def load_top(path: Path) -> Top:
     try:
         with np.load(path, allow_pickle=False) as file:
             return Top(file["ids"], file["logprobs"], file["rest"], file["offsets"], file["tokens"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise FourscoreError(f"not readable ({error})", where=str(path), todo="run the step of base-16bit again") from None
 
 

@@ -124,7 +124,7 @@ def parse_skill(task: str, lines: list[str], options: int) -> Skill:
     for number, line in enumerate(lines, 1):
         try:
             question, texts, gold = _parse(json.loads(line), options)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             broken.append((number, str(error) if type(error) is ValueError else "not a JSON object with question, options and answer"))
             continue
         choices = list(dict.fromkeys(texts))
