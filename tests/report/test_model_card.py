@@ -42,7 +42,7 @@ def test_card_states_verdict_limits_and_licences(passing: Path) -> None:
         ("LicenseRef-own", {"license": "apache-2.0"}),
         ("CC-BY-4.0", {"license": "apache-2.0"}),
         ("CC-BY-SA-4.0", {"license": "other", "license_name": "apache-2.0-and-cc-by-sa-4.0"}),
-        (None, {"license": "other", "license_name": "apache-2.0"}),
+        (None, {"license": "other", "license_name": "apache-2.0-and-data-of-unstated-licence"}),
     ],
 )
 def test_licence_is_the_bases_unless_the_data_may_ask_for_more(passing: Path, data: str | None, expected: dict[str, str]) -> None:

@@ -234,10 +234,10 @@ def _predictions(
     trained = [t.seconds for t in training if t.seconds is not None]
     evaluated = [a.seconds for a in arms if a.seconds is not None]
     peaks = [t.peak_rss_bytes for t in training if t.peak_rss_bytes is not None]
-    evaluating = _seconds_of(records, "evaluate") or (sum(evaluated) if evaluated else None)
+    evaluating = _seconds_of(records, "evaluate-") or (sum(evaluated) if evaluated else None)
     kwh, money = (cost.kwh, cost.money) if cost else (None, None)
     rows: list[tuple[str, Literal["s", "bytes", "kWh", "money"], str, float | None, str]] = [
-        ("Training", "s", "train_seconds", sum(trained) if trained else None, "all seeds"),
+        ("Training", "s", "train_seconds", _seconds_of(records, "train-") or (sum(trained) if trained else None), "all seeds"),
         ("Evaluating", "s", "evaluate_seconds", evaluating, "all arms"),
         ("Whole study", "s", "total_seconds", cost.seconds if cost else None, "from start to end"),
         ("Memory while training", "bytes", "train_peak_rss_bytes", max(peaks) if peaks else None, "peak, one seed"),

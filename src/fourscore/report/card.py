@@ -72,12 +72,16 @@ def front_matter(facts: Report) -> dict[str, Any]:
 
 
 def adapter_licence(facts: Report) -> dict[str, str]:
-    """The adapter's licence as the hub writes it: the base's, unless the data's licence may ask for more (then `other`, both named)."""
+    """The adapter's licence as the hub writes it: the base's, unless the data's licence may ask for more (then `other`, both named).
+
+    Nothing where the base's licence is not known.
+    """
     base, data = facts.model.licence, facts.data.licence if facts.data else None
     if base and (data == base or data in UNCONDITIONAL or data == "LicenseRef-own"):
         return {"license": base.lower()}
-    named = [name for name in dict.fromkeys((base, data)) if name]
-    return {"license": "other", "license_name": "-and-".join(named).lower()} if named else {"license": "other"}
+    if base is None:
+        return {}
+    return {"license": "other", "license_name": f"{base}-and-{data or 'data-of-unstated-licence'}".lower()}
 
 
 def _results(facts: Report, arm: ArmResult) -> list[dict[str, Any]]:
@@ -216,7 +220,7 @@ def _licence(facts: Report) -> str:
     if data and data.licence:
         theirs = f"The training data stand under {_text(data.licence)}."
     asked = [f"- {_text(line)}" for line in data.licence_obligations] if data else []
-    mixed = adapter_licence(facts)["license"] == "other"
+    mixed = adapter_licence(facts).get("license") == "other"
     caution = "Whether weights inherit the licence of their training data is not settled; the cautious reading keeps both." if mixed else ""
     return "\n\n".join(part for part in (f"## Licence\n\n{base} {theirs} {caution}".rstrip(), "\n".join(asked)) if part)
 

@@ -66,7 +66,7 @@ def accuracy(report: Report, score: str, accent: str) -> Callable[[int], Any] | 
         share = getattr(arm.tasks["desk"], f"accuracy_{score}") if "desk" in arm.tasks else None
         if share is None or (arm.arm == "qlora" and not arm.shipped):
             continue
-        text = wording.percent(share, 0 if share >= 0.1 else 1)
+        text = wording.percent(share, 1 if 0 < share < 0.1 else 0)
         colour = accent if arm.shipped else GREY
         rows.append({"arm": wording.arm_name(arm.arm, trivial), "share": share, "whole": 1, "text": text, "colour": colour})
     if not rows:
@@ -167,8 +167,8 @@ def cost_and_quality(report: Report, accent: str) -> Callable[[int], Any] | None
         plot = alt.Chart(alt.Data(values=rows))
         x = alt.X("price:Q", scale=alt.Scale(domain=[0, top], nice=False),
                   axis=alt.Axis(title=title, tickCount=3, grid=False, format="~g", titlePadding=6))  # fmt: skip
-        ticks = alt.Axis(title=None, format="%", tickCount=5, domain=False, ticks=False)
-        y = alt.Y("share:Q", scale=alt.Scale(domain=[0, 1.05], nice=False), axis=ticks)
+        ticks = alt.Axis(title=None, format="%", values=[0, 0.2, 0.4, 0.6, 0.8, 1], domain=False, ticks=False)
+        y = alt.Y("share:Q", scale=alt.Scale(domain=[-0.12, 1.08], nice=False), axis=ticks)
         colour = alt.Color("colour:N", scale=None)
         low = alt.X("low:Q", scale=alt.Scale(domain=[0, top], nice=False), axis=x["axis"])
         area = alt.Size("bytes:Q", scale=alt.Scale(domain=[0, max(row["bytes"] for row in rows) or 1], range=[0, 700]), legend=None)
@@ -183,7 +183,7 @@ def cost_and_quality(report: Report, accent: str) -> Callable[[int], Any] | None
             layers.append(word.encode(y=y, x=alt.value(0), text="text:N"))
         for index, row in enumerate(rows):
             label = alt.Chart(alt.Data(values=[row]))
-            above = index % 2 == 0 and row["share"] < 0.97
+            above = index % 2 == 0
             align: Any = "right" if row["price"] > 0.75 * top else "center"
             shift = 14 if align == "right" else 0
             text = label.mark_text(fontSize=TEXT, color=INK, dy=-23 if above else 24, align=align, dx=shift)
@@ -263,7 +263,11 @@ def prediction_ratio(rows: list[Prediction]) -> Callable[[int], Any] | None:
 
     for row in known:
         row |= {"start": 1 / far, "end": far, "one": 1}
-    marks = [t for t in (0.1, 0.25, 0.5, 1, 2, 4, 10) if 1 / far <= t <= far]
+    marks = [
+        t
+        for t in ((0.5, 1, 2) if far < 3 else (0.1, 0.25, 0.5, 1, 2, 4, 10) if far < 20 else (0.01, 0.1, 1, 10, 100))
+        if 1 / far <= t <= far
+    ]
 
     def draw(width: int) -> Any:
         y = alt.Y("what:N", sort=[row["what"] for row in known], axis=None)
@@ -291,6 +295,8 @@ def ratio_text(error: float | None) -> str:
     """The error of a prediction in words: measured 12% above, 8% below."""
     if error is None:
         return wording.NONE
+    if error > 1:
+        return f"{wording.digits(1 + error, 2)} times as much"
     share = round(100 * abs(error))
     return "as predicted" if share == 0 else f"{share}% {'above' if error > 0 else 'below'}"
 

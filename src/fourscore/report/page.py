@@ -42,6 +42,7 @@ def render(report: dict[str, Any]) -> str:
         gate_kinds=GATE_KINDS,
         data_lines=_data_lines(facts),
         machine_fact=_machine_fact,
+        machine_names=MACHINE_NAMES,
         trivial=facts.data.trivial_answer if facts.data else None,
     )
 
@@ -58,6 +59,10 @@ GATE_KINDS = (
         "The red line is the loss that the study allowed before it ran. A check passes when the whole bar lies right of it.",
     ),
 )
+MACHINE_NAMES = {
+    "cpu": "Processor", "cores": "Cores", "threads": "Threads", "memory_bytes": "Memory", "os": "System", "virtual": "Virtual machine",
+    "instructions": "Instruction sets", "kernels": "4-bit kernels", "dtype": "Computed in",
+}  # fmt: skip
 _WORDS = {"PASS": "Pass", "FAIL": "Fail", "INCONCLUSIVE": "Inconclusive"}
 
 
@@ -121,7 +126,8 @@ def _unreadable(facts: Report) -> str:
     for arm in facts.arms:
         read = (arm.tasks["desk"].model_extra or {}).get("matched_by") if "desk" in arm.tasks and arm.arm != "trivial" else None
         if read and (arm.arm != "qlora" or arm.shipped):
-            told.append(f"{wording.arm_name(arm.arm)} {read.get('none', 0) + read.get('several', 0):,}")
+            bad = read.get("none", 0) + read.get("several", 0)
+            told.append(f"{wording.arm_name(arm.arm)}: {bad:,} of {arm.tasks['desk'].items:,}")
     return "; ".join(told)
 
 
@@ -161,6 +167,14 @@ def _upper_first(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+def _sentence(text: str) -> str:
+    return _upper_first(text) + ("" if text.endswith((".", "!", "?")) else ".")
+
+
+def _tiny(value: float | None) -> str:
+    return "under 0.0001" if value is not None and abs(value) < 1e-4 else wording.digits(value, 2)
+
+
 def _counted(number: int | None) -> str:
     return "not counted" if number is None else f"{number:,}"
 
@@ -168,6 +182,8 @@ def _counted(number: int | None) -> str:
 def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -195,7 +211,7 @@ def _data_lines(facts: Report) -> list[str]:
     second = told.get("second_group")
     if second:
         lines.append(f"Second group: {_plain(second)}.")
-    return lines + [_upper_first(w) + ("" if w.endswith(".") else ".") for w in facts.data.warnings]
+    return lines + [_sentence(warning) for warning in facts.data.warnings]
 
 
 def _count(number: int | None) -> str:
@@ -215,6 +231,8 @@ FILTERS: dict[str, Any] = {
     "points": wording.points,
     "seconds": wording.seconds,
     "size": wording.size,
+    "sentence": _sentence,
     "task": wording.task_name,
+    "tiny": _tiny,
     "upperfirst": _upper_first,
 }

@@ -147,7 +147,11 @@ def gate_title(kind: str, task: str, score: str, over: str, margin: float | None
 def gate_reading(gate: dict[str, Any]) -> str:
     """One gate in two sentences for someone who never saw an interval."""
     gain, low, high = gate["difference"], gate.get("low"), gate.get("high")
-    size_of = f"{points(gain, sign=False)} points {'better' if gain >= 0 else 'worse'}"
+    size_of = (
+        f"Measured {points(gain, sign=False)} points {'better' if gain > 0 else 'worse'}"
+        if abs(gain) >= 0.0005
+        else "Measured no difference"
+    )
     needed = gate.get("items_needed")
     more = f" About {needed:,} items would have decided it." if needed else ""
     if gate["kind"] == "superiority":
@@ -157,20 +161,20 @@ def gate_reading(gate: dict[str, Any]) -> str:
                 if low is not None
                 else ""
             )
-            return f"Measured {size_of}.{tail}"
+            return f"{size_of}.{tail}"
         if gate["verdict"] == "FAIL":
-            return f"Measured {size_of}. Even at the hopeful end of its interval it is not better."
-        return f"Measured {size_of}, but its interval ({span(low, high)}) includes no difference at all.{more}"
+            return f"{size_of}. Even at the hopeful end of its interval it is not better."
+        return f"{size_of}, but the true difference may be nothing, or the other way round (interval {span(low, high)}).{more}"
     allowed = f"{allowance(gate.get('margin'))} that the study allowed before the run"
     if gate["verdict"] == "PASS":
         if low is not None and low >= 0:
-            return f"Measured {size_of}. Even at the cautious end nothing was lost."
+            return f"{size_of}. Even at the cautious end nothing was lost."
         tail = f" At the cautious end {points(low, sign=False)} points were lost, less than the {allowed}." if low is not None else ""
-        return f"Measured {size_of}.{tail}"
+        return f"{size_of}.{tail}"
     if gate["verdict"] == "FAIL":
         best = f" at least {points(high, sign=False)} points were lost" if high is not None else " too much was lost"
-        return f"Measured {size_of}. Even at the hopeful end{best}, more than the {allowed}."
-    return f"Measured {size_of}, but the loss may be larger than the {allowed} (interval {span(low, high)}).{more}"
+        return f"{size_of}. Even at the hopeful end{best}, more than the {allowed}."
+    return f"{size_of}, but the loss may be larger than the {allowed} (interval {span(low, high)}).{more}"
 
 
 def out_of_hundred(share: float) -> str:
