@@ -116,12 +116,17 @@ def check(study: StudyFile, runs: Runs = RUNS, as_json: Json = False, debug: Deb
     Example: fourscore check examples/pilot.yaml
     """
     _mode(as_json, debug)
-    from fourscore.data import Check, check_text
+    from rich.console import Console
+
+    from fourscore.data import Check, check_view
     from fourscore.files import read_json
 
     folder = _run(study, runs, "data")["data"].folder
     told = read_json(folder / "check.json")
-    _print(as_json, told, None if as_json else check_text(Check.from_json(told)))
+    if as_json:
+        _print(as_json, told, None)
+    else:
+        Console(width=None if sys.stdout.isatty() else 100).print(check_view(Check.from_json(told)))
 
 
 @app.command()

@@ -12,6 +12,11 @@ from fourscore.spec import Study
 PACKAGES = ("fourscore", "torch", "transformers", "tokenizers", "peft", "numpy", "scipy")
 
 
+def versions() -> dict[str, str]:
+    """Installed versions of what computes."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
 def threads(study: Study) -> int:
     """Threads the study computes with."""
     return study.threads or len(os.sched_getaffinity(0))
@@ -23,7 +28,7 @@ def describe(study: Study) -> dict[str, Any]:
     from fourscore.machine import has_bf16
 
     return {
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": versions(),
         "kernels": nf4.backend(),
         "dtype": "bfloat16" if has_bf16() else "float32",
         "threads": threads(study),

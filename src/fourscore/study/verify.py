@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fourscore.files import FourscoreError, canonical_json, hash_file, read_json
 from fourscore.spec import Study, read_study
-from fourscore.study import evidence, publish
+from fourscore.study import environment, evidence, publish
 from fourscore.study.graph import graph_of
 from fourscore.study.steps import RECORD, Finished, result_hash
 
@@ -36,6 +36,13 @@ def verify(run: Path) -> list[str]:
             wrong.append(f"{name}: changed since it was published")
     wrong += _check_inputs(study, done)
     return wrong or _check_verdict(study, done)
+
+
+def _other_version(done: dict[str, Finished]) -> str:
+    """What to say where the verdict was derived by another version than the one that checks it."""
+    then, now = done["verdict"].record["environment"]["versions"], environment.versions()
+    changed = [f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name]]
+    return f" (derived by other versions: {', '.join(changed)})" if changed else ""
 
 
 def _latest(run: Path, study: Study) -> dict[str, Finished]:
@@ -88,5 +95,5 @@ def _check_verdict(study: Study, done: dict[str, Finished]) -> list[str]:
     context = Context("verify", study, Path(), folders, Path())
     again = derive(study, read_arms(study, folders), losses_of(context), shipped_seed(context))
     if canonical_json(again) != canonical_json(read_json(done["verdict"].folder / "verdict.json")):
-        return ["verdict.json: does not follow from the items"]
+        return ["verdict.json: does not follow from the items" + _other_version(done)]
     return []
