@@ -10,20 +10,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
 import transformers
 
 from fourscore import nf4, spec
-from fourscore.files import FourscoreError, atomic_folder, hash_file, hash_json, write_json, write_jsonl
+from fourscore.files import FourscoreError, hash_file, hash_json, write_json, write_jsonl
 from fourscore.machine import peak_rss_bytes
+from fourscore.model import base_sha256, save_adapter
 from fourscore.progress import say, track
 from fourscore.train.batches import Example, micro_batches, plan_steps, render_examples
 from fourscore.train.checkpoint import Checkpoint, load_checkpoint, random_state, remove_checkpoints, restore_random_state, save_checkpoint
 from fourscore.train.loss import AnswerLoss
-from fourscore.train.optimise import Optimiser, StepReport, compute_dtype, judge
+from fourscore.train.optimise import Optimiser, StepReport, judge, settle_dtype
 from fourscore.train.prior import label_prior_loss
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class _Run:
 
     def __init__(self, model: Model, examples: list[Example], held_out: list[Example], settings: spec.Train, seed: int, out: Path) -> None:
         self.model, self.examples, self.held_out, self.settings, self.seed, self.out = model, examples, held_out, settings, seed, out
-        self.dtype = str(compute_dtype(model.network)).removeprefix("torch.")
+        self.dtype = str(settle_dtype(model.network)).removeprefix("torch.")
         self.plan = plan_steps([len(e.ids) for e in examples], settings.tokens_per_step, settings.epochs, seed)
         self.optimiser = Optimiser(model.network, settings, len(self.plan))
         self.judge_after = {round(len(self.plan) * (k + 1) / settings.evaluations) for k in range(settings.evaluations)} - {0}
@@ -166,10 +167,7 @@ class _Run:
     def _finish(self) -> TrainResult:
         """Write the adapter with the lowest validation loss, log.jsonl and train.json; remove the checkpoint last."""
         self.optimiser.put(self.best)
-        network = cast(Any, self.model.network)
-        with atomic_folder(self.out / "adapter") as part:
-            network.save_pretrained(str(part), save_embedding_layers=False)
-            (part / "README.md").unlink(missing_ok=True)  # PEFT's template: the report writes the model card
+        save_adapter(self.model, self.out / "adapter")
         write_jsonl(self.out / "log.jsonl", self.log)
         state = self.state
         if state["best_step"] == 0:
@@ -204,8 +202,6 @@ def run_key(
     model: Model, examples: list[Example], held_out: list[Example], settings: spec.Train, seed: int, dtype: str, optimiser: Optimiser
 ) -> dict[str, Any]:
     """What decides the weights: a checkpoint is only resumed where all of this is the same."""
-    from fourscore.model import base_sha256
-
     kept = settings.model_dump(mode="json", exclude={"seeds", "checkpoint_minutes"})
     start = {n: hash_json(p.detach().flatten()[:64].tolist()) for n, p in optimiser.parameters.items()}
     return {
@@ -235,7 +231,7 @@ def probe(model: Model, rows: Sequence[Row], settings: spec.Train) -> Probe:
         if chosen and sum(len(examples[i].ids) for i in [*chosen, index]) > settings.tokens_per_step:
             break
         chosen.append(index)
-    compute_dtype(model.network)
+    settle_dtype(model.network)
     optimiser = Optimiser(model.network, settings, steps_planned=1)
     weights = optimiser.weights()
     judge(model.network, optimiser.loss, [examples[longest[-1]]])  # first-use costs of the kernels are not a step's

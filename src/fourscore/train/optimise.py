@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fourscore import spec
 from fourscore.files import FourscoreError
+from fourscore.machine import has_bf16
 from fourscore.train.batches import Example, Step, collate, micro_batches
 from fourscore.train.loss import AnswerLoss
 
@@ -31,28 +32,20 @@ class StepReport:
     padding: int
 
 
-def compute_dtype(network: nn.Module) -> torch.dtype:
-    """The dtype of the activations, which the embedding decides. bf16 and f16 become f32 where the CPU has no bf16 instructions.
+def settle_dtype(network: nn.Module) -> torch.dtype:
+    """The dtype of the activations, which the embedding decides; where the CPU has no bf16 instructions, 16 bit becomes f32.
 
     Converts, in place, the frozen 16-bit parameters in that case; NF4 bytes and scales stay as they are.
     """
-    inner = cast(Any, network)
-    weight = inner.get_input_embeddings().weight
-    if weight.device.type != "cpu" or weight.dtype == torch.float32:
+    weight = cast(Any, network).get_input_embeddings().weight
+    if weight.device.type != "cpu" or weight.dtype in (torch.float32, torch.float64):
         return weight.dtype
-    if weight.dtype == torch.bfloat16 and cpu_has_bf16():
+    if weight.dtype == torch.bfloat16 and has_bf16():
         return weight.dtype
     for parameter in network.parameters():
         if parameter.dtype in (torch.bfloat16, torch.float16) and not parameter.requires_grad:
             parameter.data = parameter.data.float()
     return torch.float32
-
-
-def cpu_has_bf16() -> bool:
-    """Does this CPU multiply bf16 matrices in hardware (AVX512-BF16, AMX, Arm BF16)?"""
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        return True
-    return bool(torch.cpu.get_capabilities().get("bf16", False))
 
 
 class Optimiser:
