@@ -118,13 +118,16 @@ def _current_records(run: Path) -> dict[str, dict[str, Any]]:
     for path in sorted(run.glob("steps/*/record.json")):
         record = read_json(path)
         word, _, rest = record["step"].partition("-")
-        published = {"data": "check.json", "plan": "plan.json", "verdict": "verdict.json"}.get(word)
-        output = published or {"train": "train.json", "evaluate": "measures.json"}.get(word)
-        if published is None:
-            published = {"train": f"train-{rest}.json", "evaluate": f"measures/{rest}.json"}.get(word)
-        if published is None or output is None or not (run / published).is_file():
-            continue
-        if record.get("outputs", {}).get(output) == hash_file(run / published):
+        places = {
+            "data": ("check.json", "check.json"),
+            "plan": ("plan.json", "plan.json"),
+            "train": ("train.json", f"train-{rest}.json"),
+            "evaluate": ("measures.json", f"measures/{rest}.json"),
+            "floor": ("items/desk.jsonl", "items/floor/desk.jsonl"),
+            "verdict": ("verdict.json", "verdict.json"),
+        }
+        output, published = places.get(word, ("", ""))
+        if output and (run / published).is_file() and record.get("outputs", {}).get(output) == hash_file(run / published):
             current[record["step"]] = {**record, "folder": str(path.parent)}
     return current
 
@@ -239,7 +242,7 @@ def _predictions(
     rows: list[tuple[str, Literal["s", "bytes", "kWh", "money"], str, float | None, str]] = [
         ("Training", "s", "train_seconds", _seconds_of(records, "train-") or (sum(trained) if trained else None), "all seeds"),
         ("Evaluating", "s", "evaluate_seconds", evaluating, "all arms"),
-        ("Whole study", "s", "total_seconds", cost.seconds if cost else None, "from start to end"),
+        ("Whole study", "s", "total_seconds", cost.seconds if cost else None, "all steps but fetching"),
         ("Memory while training", "bytes", "train_peak_rss_bytes", max(peaks) if peaks else None, "peak, one seed"),
         ("Electricity", "kWh", "energy_kwh", kwh.value if kwh else None, "by the measured time"),
         ("Money", "money", "money", money.value if money else None, "by the measured time"),
