@@ -1,0 +1,201 @@
+// What both AVX-512 backends share: conversions, the codec, and f32 products.
+#pragma once
+
+#include <immintrin.h>
+
+#include "codec.h"
+#include "linear.h"
+
+namespace fourscore::FOURSCORE_ISA {
+namespace {
+
+static inline __m512 load16(const void* x, i64 i, Float type) {
+    if (type == Float::f32) return _mm512_loadu_ps(static_cast<const float*>(x) + i);
+    __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const u16*>(x) + i));
+    if (type == Float::f16) return _mm512_cvtph_ps(h);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+
+// To nearest even; NaN stays NaN; subnormal results are kept (the machine's own conversion flushes them to zero).
+static inline __m256i bf16_16(__m512 f) {
+    __m512i b = _mm512_castps_si512(f);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
+    __m512i r = _mm512_srli_epi32(_mm512_add_epi32(b, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    __mmask16 nan = _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(r, nan, _mm512_set1_epi32(0x7fc0)));
+}
+
+static inline __m256i half_16(__m512 f, Float type) {
+    return type == Float::f16 ? _mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC) : bf16_16(f);
+}
+
+static inline __m512 round16(__m512 f, Float type) {
+    if (type == Float::f32) return f;
+    __m256i h = half_16(f, type);
+    return type == Float::f16 ? _mm512_cvtph_ps(h) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+
+static inline void store16(void* out, i64 i, Float type, __m512 f) {
+    if (type == Float::f32) return _mm512_storeu_ps(static_cast<float*>(out) + i, f);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<u16*>(out) + i), half_16(f, type));
+}
+
+static inline __m512 values() { return _mm512_loadu_ps(kValues); }
+
+// [-1, 1] in 32 equal parts: each holds at most one midpoint, so the part gives the code but for one comparison.
+struct Parts {
+    alignas(64) float midpoint[32];
+    alignas(64) int code[32];
+    constexpr Parts() : midpoint{}, code{} {
+        for (int p = 0; p < 32; ++p) {
+            float low = static_cast<float>(p - 16) / 16, high = static_cast<float>(p - 15) / 16;
+            midpoint[p] = 2.0f;
+            code[p] = 0;
+            for (float m : kMidpoint) {
+                if (m < low) ++code[p];
+                if (m >= low && m < high) midpoint[p] = m;
+            }
+        }
+    }
+};
+constexpr Parts kParts;
+
+struct Codec : PlainCodec {
+    static u32 absmax(const void* source, Float type, i64 start, i64 count) {
+        if (type == Float::f32) {
+            __m512i magnitude = _mm512_set1_epi32(0x7fffffff), largest = _mm512_setzero_si512();
+            for (i64 i = 0; i < count; i += 16)
+                largest = _mm512_max_epu32(
+                    largest, _mm512_and_si512(_mm512_castps_si512(load16(source, start + i, Float::f32)), magnitude));
+            return _mm512_reduce_max_epu32(largest);
+        }
+        __m256i magnitude = _mm256_set1_epi16(0x7fff), largest = _mm256_setzero_si256();
+        const u16* p = static_cast<const u16*>(source) + start;
+        for (i64 i = 0; i < count; i += 16)
+            largest = _mm256_max_epu16(largest, _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i)), magnitude));
+        // minpos finds the least of 8: of the complements.
+        __m128i eight = _mm_max_epu16(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+        u16 half = static_cast<u16>(~_mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi16(-1))), 0));
+        return bits_of(type == Float::bf16 ? from_bf16(half) : from_f16(half));
+    }
+
+    static void codes(const void* source, Float type, i64 start, i64 count, float inverse, u8* packed) {
+        const __m512 scale = _mm512_set1_ps(inverse), sixteen = _mm512_set1_ps(16.0f);
+        const __m512 m0 = _mm512_load_ps(kParts.midpoint), m1 = _mm512_load_ps(kParts.midpoint + 16);
+        const __m512i c0 = _mm512_load_si512(kParts.code), c1 = _mm512_load_si512(kParts.code + 16);
+        const __m512i last = _mm512_set1_epi32(31), one = _mm512_set1_epi32(1);
+        for (i64 i = 0; i < count; i += 16) {
+            __m512 v = _mm512_mul_ps(load16(source, start + i, type), scale);
+            __m512i part = _mm512_min_epi32(_mm512_cvttps_epi32(_mm512_fmadd_ps(v, sixteen, sixteen)), last);
+            __mmask16 above = _mm512_cmp_ps_mask(v, _mm512_permutex2var_ps(m0, part, m1), _CMP_GT_OQ);
+            __m512i code = _mm512_permutex2var_epi32(c0, part, c1);
+            code = _mm512_mask_add_epi32(code, above, code, one);
+            __m512i pairs = _mm512_or_si512(_mm512_slli_epi64(code, 4), _mm512_srli_epi64(code, 32));
+            _mm_storel_epi64(reinterpret_cast<__m128i*>(packed + (start + i) / 2), _mm512_cvtepi64_epi8(pairs));
+        }
+    }
+
+    static void expand(const u8* packed, i64 bytes, float scale, void* out, Float type) {
+        const __m512 product = _mm512_mul_ps(values(), _mm512_set1_ps(scale));
+        const __m128i nibble = _mm_set1_epi8(15);
+        i64 done = 0;
+        if (type == Float::f32) {
+            float* o = static_cast<float*>(out);
+            for (; done + 16 <= bytes; done += 16) {
+                __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + done));
+                __m128i first = _mm_and_si128(_mm_srli_epi16(b, 4), nibble), second = _mm_and_si128(b, nibble);
+                _mm512_storeu_ps(o + 2 * done, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(first, second)), product));
+                _mm512_storeu_ps(o + 2 * done + 16, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_unpackhi_epi8(first, second)), product));
+            }
+        } else {
+            const __m512i table = _mm512_castsi256_si512(half_16(product, type));
+            u16* o = static_cast<u16*>(out);
+            for (; done + 16 <= bytes; done += 16) {
+                __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + done));
+                __m128i first = _mm_and_si128(_mm_srli_epi16(b, 4), nibble), second = _mm_and_si128(b, nibble);
+                __m256i c = _mm256_set_m128i(_mm_unpackhi_epi8(first, second), _mm_unpacklo_epi8(first, second));
+                _mm512_storeu_si512(o + 2 * done, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(c), table));
+            }
+        }
+        PlainCodec::expand(packed + done, bytes - done, scale, at(out, 2 * done, type), type);
+    }
+};
+
+static inline void store_rounded(const float* values, const float* bias, i64 n, void* out, Float type) {
+    i64 i = 0;
+    for (; i + 16 <= n; i += 16) {
+        __m512 v = _mm512_loadu_ps(values + i);
+        store16(out, i, type, bias ? _mm512_add_ps(v, _mm512_loadu_ps(bias + i)) : v);
+    }
+    for (; i < n; ++i) store_one(out, i, type, bias ? values[i] + bias[i] : values[i]);
+}
+
+static inline void add_up4(const __m512* a, float* c, bool add) {
+    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
+    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
+    __m512 s = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    __m256 t = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
+    __m128 u = _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
+    _mm_storeu_ps(c, add ? _mm_add_ps(_mm_loadu_ps(c), u) : u);
+}
+
+// Products in f32: f32 inputs on any AVX-512 machine, and bf16 or f16 inputs (weights rounded to that type first).
+struct F32Ops {
+    using E = float;
+    using Vec = __m512;
+    using Acc = __m512;
+    static constexpr int kWidth = 16, kLanes = 16, kRows = 6, kStep = 1;
+    static constexpr i64 kChunkUnits = 8;
+
+    static Vec load(const E* p) { return _mm512_loadu_ps(p); }
+    static void store(E* p, Vec v) { _mm512_storeu_ps(p, v); }
+    static Acc zero() { return _mm512_setzero_ps(); }
+    static Acc fma(Acc a, Vec x, Vec w) { return _mm512_fmadd_ps(x, w, a); }
+    static Acc load_acc(const float* p) { return _mm512_loadu_ps(p); }
+    static void store_acc(float* p, Acc a) { _mm512_storeu_ps(p, a); }
+    static Vec spread(const E* d, i64 s) { return _mm512_set1_ps(d[s]); }
+    static void sum4(const Acc* a, float* c, bool add) { add_up4(a, c, add); }
+
+    using Table = __m512;
+    static Table table(float scale, Float round) { return round16(_mm512_mul_ps(values(), _mm512_set1_ps(scale)), round); }
+    // Groups of 32: the 16 codes with even k (high nibbles), then the 16 with odd k.
+    static void decode(const u8* bytes, Table t, Vec* out) {
+        for (int g = 0; g < 2; ++g) {
+            __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + 16 * g)));
+            out[2 * g] = _mm512_permutexvar_ps(_mm512_srli_epi32(b, 4), t);
+            out[2 * g + 1] = _mm512_permutexvar_ps(b, t);
+        }
+    }
+    static void permute_from(const void* x, Float type, E* out) {
+        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+        for (int g = 0; g < 2; ++g) {
+            __m512 a = load16(x, 32 * g, type), b = load16(x, 32 * g + 16, type);
+            store(out + 32 * g, _mm512_permutex2var_ps(a, even, b));
+            store(out + 32 * g + 16, _mm512_permutex2var_ps(a, odd, b));
+        }
+    }
+    static void permute(const float* natural, E* out) { permute_from(natural, Float::f32, out); }
+    static void unpermute(const float* c, float* natural) {
+        const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+        for (int g = 0; g < 2; ++g) {
+            __m512 even = load(c + 32 * g), odd = load(c + 32 * g + 16);
+            store(natural + 32 * g, _mm512_permutex2var_ps(even, first, odd));
+            store(natural + 32 * g + 16, _mm512_permutex2var_ps(even, second, odd));
+        }
+    }
+    static void interleave(const E* row, const E*, Vec* out) {
+        for (int i = 0; i < 4; ++i) out[i] = load(row + 16 * i);
+    }
+    static void convert(const void* x, Float type, i64 n, i64 padded, E* out) {
+        i64 i = 0;
+        for (; i + 16 <= n; i += 16) store(out + i, load16(x, i, type));
+        for (; i < n; ++i) out[i] = load_one(x, i, type);
+        for (; i < padded; ++i) out[i] = 0;
+    }
+    static void store_row(const float* v, const float* bias, i64 n, void* out, Float type) { store_rounded(v, bias, n, out, type); }
+};
+
+}  // namespace
+}  // namespace fourscore::FOURSCORE_ISA
