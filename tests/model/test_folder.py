@@ -21,7 +21,9 @@ def test_a_truncated_weight_file(copy: Path) -> None:
     weights = copy / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1000])
-    with pytest.raises(FourscoreError, match=rf"truncated safetensors file: {len(whole) - 1000:,} bytes where its header says {len(whole):,}"):
+    with pytest.raises(
+        FourscoreError, match=rf"truncated safetensors file: {len(whole) - 1000:,} bytes where its header says {len(whole):,}"
+    ):
         load(copy)
     for rest in (whole[:4], whole[:200]):
         weights.write_bytes(rest)

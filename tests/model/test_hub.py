@@ -31,7 +31,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.server.asked.append(path)  # type: ignore[attr-defined]
         folder: Path = self.server.folder  # type: ignore[attr-defined]
         if path.startswith("/api/models/owner/tiny/tree/"):
-            entries = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": hash_file(f)[:40]} for f in sorted(folder.iterdir())]
+            entries = [
+                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": hash_file(f)[:40]} for f in sorted(folder.iterdir())
+            ]
             self.answer(json.dumps(entries).encode())
         elif path.startswith("/api/models/owner/tiny"):
             siblings = [{"rfilename": f.name} for f in sorted(folder.iterdir())]
@@ -92,7 +94,7 @@ def test_a_model_that_is_only_pickles_is_refused_before_anything_is_fetched(hub:
     (hub.folder / "config.json").write_text("{}")  # type: ignore[attr-defined]
     with pytest.raises(FourscoreError, match=r"owner/tiny: its weights are pickles, which are never loaded"):
         pull("owner/tiny")
-    assert not list((tmp_path / "home").rglob("*"))
+    assert [f.name for f in (tmp_path / "home" / "models").iterdir()] == [".owner--tiny.lock"]
 
 
 def test_a_model_that_the_hub_does_not_have(hub: http.server.ThreadingHTTPServer) -> None:
@@ -104,13 +106,14 @@ def test_files_other_than_the_pinned_ones_are_refused(hub: http.server.Threading
     from fourscore.model.names import HubSource, ModelInfo
     from fourscore.model.sources import _from_hub
 
+    place = tmp_path / "home" / "models" / "tiny"
     for file in tiny_llama.iterdir():
         (hub.folder / file.name).symlink_to(file)  # type: ignore[attr-defined]
     source = HubSource("owner/tiny", COMMIT, {"config.json": hash_file(tiny_llama / "config.json"), "model.safetensors": "0" * 64})
     info = ModelInfo("tiny", "Tiny", "MIT", 1, 1, "", hub=source)
     with pytest.raises(FourscoreError, match=r"tiny: wrong SHA-256 of model\.safetensors: expected 0{64}"):
-        _from_hub(info, None)
-    assert not list((tmp_path / "home" / "models").iterdir())
+        _from_hub(info, place, None)
+    assert not list(place.parent.iterdir())
 
 
 def test_a_hub_that_is_switched_off_or_away_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

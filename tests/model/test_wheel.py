@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import http.server
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -34,7 +36,9 @@ def make_wheel(folder: Path, version: str = "1.0", requires: str = "") -> str:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("cargo/data.jsonl", '{"a": 1}\n')
         archive.writestr(f"{stem}-{version}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {NAME}\nVersion: {version}\n{requires}\n")
-        archive.writestr(f"{stem}-{version}.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            f"{stem}-{version}.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr(f"{stem}-{version}.dist-info/RECORD", "")
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -72,6 +76,44 @@ def test_a_source_archive_is_never_built(shelf: Path) -> None:
     (shelf / f"{NAME}-1.0.tar.gz").write_bytes(b"setup.py would run")
     with pytest.raises(FourscoreError, match="pip finds no such wheel"):
         fetch_wheel(NAME, "1.0", "0" * 64)
+
+
+def test_a_private_index_that_wants_a_password(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip keeps the password out of its report, so pip itself has to fetch the file."""
+    sha256 = make_wheel(shelf)
+    file = next(shelf.iterdir())
+    listing = f'<!DOCTYPE html><html><body><a href="/f/{file.name}">{file.name}</a></body></html>'
+
+    class Index(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.headers.get("Authorization") != "Basic dXNlcjpzZWNyZXQ=":  # user:secret
+                self.send_response(401)
+                self.send_header("WWW-Authenticate", 'Basic realm="index"')
+                self.end_headers()
+                return
+            page = self.path.endswith("/")
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html" if page else "application/octet-stream")
+            self.end_headers()
+            self.wfile.write(listing.encode() if page else file.read_bytes())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Index)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://user:secret@127.0.0.1:{server.server_port}/simple")
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    try:
+        wheel = fetch_wheel(NAME, "1.0", sha256)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert wheel.read_bytes() == file.read_bytes()
 
 
 def test_no_network_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,7 @@ def target_names(network: nn.Module, targets: str | list[str]) -> list[str]:
     """What PEFT is told: the endings of the linear layers that `targets` names, sorted; the output layer is never among them."""
     from fourscore.nf4.layer import matching_names
 
-    output = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
+    output = cast(Any, network).get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
     names = [n for n, m in network.named_modules() if isinstance(m, nn.Linear) and m is not output]
     chosen = set(matching_names(names, targets))
     if not chosen:

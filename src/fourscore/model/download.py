@@ -46,7 +46,7 @@ def download(url: str, target: Path, sha256: str, *, title: str, todo: str = "")
     Errors: no network after four tries, a status that retrying does not mend, a wrong hash, a full disk; one line each.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _turn(target, title):
+    with one_at_a_time(target, title):
         if target.exists():
             if hash_file(target) == sha256:
                 return target
@@ -77,14 +77,15 @@ def download(url: str, target: Path, sha256: str, *, title: str, todo: str = "")
 
 
 @contextlib.contextmanager
-def _turn(target: Path, title: str) -> Iterator[None]:
-    """One process at a time fetches a file; the others wait and then find it."""
+def one_at_a_time(target: Path, title: str) -> Iterator[None]:
+    """One process at a time makes `target` (a file or a folder); the others wait and then find it."""
     lock = target.with_name("." + target.name + ".lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"{title}: another process is fetching it, waiting")
+            say(f"{title}: another process is at it, waiting")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
     # the lock file stays: removing it would let two processes hold two different ones

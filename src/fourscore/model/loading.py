@@ -120,8 +120,9 @@ def _dense(path: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
+        # attention: transformers takes torch's fused one wherever the architecture allows it (Gemma 2 does not)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, local_files_only=True, output_loading_info=True
+            path, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise FourscoreError(
@@ -174,7 +175,6 @@ def _prequantised(path: Path, weights: str, facts: dict[str, Any]) -> tuple[Any,
         raise FourscoreError(
             f"transformers cannot load it ({_first_line(error)})", where=str(path), todo="quantise the original again"
         ) from error
-    network.set_attn_implementation("sdpa")
     layers = {n: m for n, m in network.named_modules() if isinstance(m, NF4Linear)}
     if not layers:
         raise FourscoreError("holds no NF4 weight although its config.json says so", where=str(path), todo="quantise the original again")

