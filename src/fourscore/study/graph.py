@@ -13,9 +13,8 @@ from typing import Any
 
 from fourscore.files import FourscoreError, read_json, write_json
 from fourscore.spec import Study
+from fourscore.study.plan import FLOOR_ITEMS
 from fourscore.study.steps import Context, Step
-
-FLOOR_ITEMS = 200  # items a task of the A/A floor: enough to see a drift between the engine's two paths
 
 
 def graph_of(study: Study) -> list[Step]:
@@ -78,16 +77,7 @@ def fetch_base(context: Context) -> None:
     from fourscore.model import base_sha256, describe
 
     folder = base_folder(context.study)
-    info = describe(context.study.model.name)
-    write_json(
-        context.out / "base.json",
-        {
-            "name": info.name if info else context.study.model.name,
-            "licence": info.licence if info else None,
-            "note": info.note if info else "",
-            "sha256": base_sha256(folder),
-        },
-    )
+    write_json(context.out / "base.json", describe(folder).to_json() | {"sha256": base_sha256(folder)})
 
 
 def prepare_data(context: Context) -> None:

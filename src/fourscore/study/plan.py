@@ -9,10 +9,11 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fourscore import stats
 from fourscore.files import FourscoreError, read_json
@@ -21,26 +22,31 @@ from fourscore.spec import Study
 from fourscore.study import environment
 
 PROBE_ITEMS = 8  # items a task: enough for a speed, seconds to run
+FLOOR_ITEMS = 200  # items a task of the A/A floor: enough to see a drift between the engine's two paths
+SECONDS_A_YEAR = 365.25 * 24 * 3600
 GUESSED_DISCORDANCE = 0.2  # share of items on which two arms differ, before anything is measured
 
 
 def plan(study: Study, base: Path, data: Path) -> dict[str, Any]:
     """The content of plan.json: predicted seconds, memory, energy and money, and the smallest differences the study could show.
 
-    Raises FourscoreError when a row could not be trained on.
+    Money is electricity and the machine's wear, as in the measures. Raises FourscoreError when a row could not be trained on.
     """
     from fourscore.machine import describe_machine, power
 
+    began = time.monotonic()
     check = read_json(data / "check.json")
     machine = describe_machine()
-    probe = _probe(study, base, data, "train")
+    probe = _probe(study, base, data)
     memory = int(study.memory_gb * 2**30) if study.memory_gb else machine.memory_bytes
-    tokens = sum(_training_tokens(study, data))
-    train_seconds = len(study.train.seeds) * (tokens / probe["tokens"] * probe["seconds"] + probe["load_seconds"])
-    evaluate_seconds = _evaluate_seconds(study, base, data, check)
-    total = train_seconds + evaluate_seconds
+    tokens = sum(_training_tokens(study, check))
+    starts = probe["start_seconds"]
+    train_seconds = len(study.train.seeds) * (starts + probe["load_seconds"] + tokens / probe["tokens"] * probe["seconds"])
+    evaluate_seconds, floor_seconds = _evaluate_seconds(study, base, data, check, starts)
+    total = train_seconds + evaluate_seconds + floor_seconds + time.monotonic() - began
     watts = power(study.cost.watts, machine, threads=environment.threads(study))
     kwh = watts.watts * total / 3.6e6
+    wear = study.cost.machine_price * total / (study.cost.machine_years * SECONDS_A_YEAR)
     return {
         "model_bytes": probe["model_bytes"],
         "predicted": {
@@ -49,7 +55,7 @@ def plan(study: Study, base: Path, data: Path) -> dict[str, Any]:
             "evaluate_seconds": evaluate_seconds,
             "total_seconds": total,
             "energy_kwh": kwh,
-            "money": kwh * study.cost.price_per_kwh,
+            "money": kwh * study.cost.price_per_kwh + wear,
         },
         "power": asdict(watts),
         "machine": machine.to_json(),
@@ -62,65 +68,70 @@ def plan(study: Study, base: Path, data: Path) -> dict[str, Any]:
     }
 
 
-def _training_tokens(study: Study, data: Path) -> tuple[int, int]:
+def _training_tokens(study: Study, check: Mapping[str, Any]) -> tuple[int, int]:
     """Tokens of forward and backward over all epochs, and validation tokens at a third of the price (forward only)."""
-    check = read_json(data / "check.json")
     rows = max(1, check["rows"]["train"])
     trained = int(check["tokens"]["train"] * study.train.epochs)
     validated = int(check["tokens"]["train"] / rows * check["rows"]["validation"] * (study.train.evaluations + 1) / 3)
     return trained, validated
 
 
-def _probe(study: Study, base: Path, data: Path, what: str) -> dict[str, Any]:
-    """Run a probe in a process of its own, so that the peak memory is the probe's."""
+def _probe(study: Study, base: Path, data: Path) -> dict[str, Any]:
+    """Probe training in a process of its own: the peak memory is the probe's, and the time to start Python is seen too."""
     order = json.dumps({"study": study.model_dump(mode="json"), "base": str(base), "data": str(data)})
-    done = subprocess.run([sys.executable, "-m", "fourscore.study.plan", what], input=order, stdout=subprocess.PIPE, text=True)
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "fourscore.study.plan"], input=order, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
         raise FourscoreError(
-            f"the {what} probe ended with exit code {done.returncode}" + (" (out of memory?)" if done.returncode == -9 else ""),
-            todo="lower `train.tokens_per_step` or `data.max_tokens`, or run again with --debug",
+            f"the training probe ended with exit code {done.returncode}" + (" (out of memory?)" if done.returncode == -9 else ""),
+            todo="lower `train.tokens_per_step` or `data.max_tokens`; what went wrong stands above",
         )
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return told
+    return told | {"start_seconds": max(0.0, time.monotonic() - began - told["working_seconds"])}
 
 
 def probe_training(study: Study, base: Path, data: Path) -> dict[str, Any]:
     """One optimiser step on the longest rows, with the 4-bit base and a fresh adapter."""
-    import time
-
     from fourscore.data import read_rows
     from fourscore.model import add_lora, load
     from fourscore.train import probe
 
+    rows = read_rows(data, "train")
     started = time.monotonic()
     model = load(base, weights="nf4", block_size=study.model.block_size, double_quant=study.model.double_quant, trainable=True)
     model = add_lora(model, study.train, study.train.seeds[0])
     load_seconds = time.monotonic() - started
-    taken = probe(model, read_rows(data, "train"), study.train)
+    taken = probe(model, rows, study.train)
     return {
         "seconds": taken.seconds,
         "tokens": taken.tokens,
         "peak_rss_bytes": taken.peak_rss_bytes,
         "load_seconds": load_seconds,
+        "working_seconds": time.monotonic() - started,
         "model_bytes": model.disk_bytes,
     }
 
 
-def _evaluate_seconds(study: Study, base: Path, data: Path, check: Mapping[str, Any]) -> float:
-    """Seconds of all evaluation steps, from a few items of the reference and of the 4-bit arm."""
+def _evaluate_seconds(study: Study, base: Path, data: Path, check: Mapping[str, Any], starts: float) -> tuple[float, float]:
+    """Seconds of the evaluation steps and of the A/A floor, from a few items of the reference and of the 4-bit arm."""
+    items = {"desk": check["rows"]["evaluation"]} | {skill.task: skill.items for skill in study.evaluate.keep}
+    packed = {arm: _timed_arm(arm, study, base, data, items, PROBE_ITEMS, "packed") for arm in ("base-16bit", "base-nf4")}
+    few = {task: min(count, FLOOR_ITEMS) for task, count in items.items()}
+    plain = _timed_arm("base-nf4", study, base, data, few, PROBE_ITEMS // 2, "plain")
+    in_4_bits = len(study.train.seeds) + ("base-nf4" in study.evaluate.arms)
+    return packed["base-16bit"] + starts + in_4_bits * (packed["base-nf4"] + starts), plain + starts
+
+
+def _timed_arm(
+    arm: str, study: Study, base: Path, data: Path, items: Mapping[str, int], limit: int, path: Literal["packed", "plain"]
+) -> float:
+    """Seconds of an arm over `items`, stretched from the first `limit` of each task; loading and latency are not stretched."""
     from fourscore.evaluate import evaluate_arm
 
-    items = {"desk": check["rows"]["evaluation"]} | {skill.task: skill.items for skill in study.evaluate.keep}
-    seconds = {}
-    for arm in ("base-16bit", "base-nf4"):
-        with tempfile.TemporaryDirectory() as folder:
-            told = evaluate_arm(arm, None, study, base, data, Path(folder), limit=PROBE_ITEMS)
-        whole = told["seconds"]
-        for task, measured in told["tasks"].items():
-            whole += measured["seconds"] * (items[task] / measured["items"] - 1)
-        seconds[arm] = whole
-    arms = [arm for arm in study.evaluate.arms if arm not in ("trivial", "base-16bit", "qlora")]
-    return seconds["base-16bit"] + seconds["base-nf4"] * (len(arms) + len(study.train.seeds) + 1)
+    with tempfile.TemporaryDirectory() as folder:
+        told = evaluate_arm(arm, None, study, base, data, Path(folder), limit=limit, path=path)
+    stretched = sum(measured["seconds"] * (items[task] / measured["items"] - 1) for task, measured in told["tasks"].items())
+    return float(told["seconds"] + stretched)
 
 
 def _smallest_effects(study: Study, check: Mapping[str, Any]) -> dict[str, float]:
