@@ -80,36 +80,16 @@ def _probe(study: Study, base: Path, data: Path) -> dict[str, Any]:
     """Probe training in a process of its own: the peak memory is the probe's, and the time to start Python is seen too."""
     order = json.dumps({"study": study.model_dump(mode="json"), "base": str(base), "data": str(data)})
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "fourscore.study.plan"], input=order, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-m", "fourscore.study.probe"], input=order, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
         raise FourscoreError(
             f"the training probe ended with exit code {done.returncode}" + (" (out of memory?)" if done.returncode == -9 else ""),
             todo="lower `train.tokens_per_step` or `data.max_tokens`; what went wrong stands above",
         )
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if "error" in told:
+        raise FourscoreError(told["error"]["what"], where=told["error"]["where"], todo=told["error"]["todo"])
     return told | {"start_seconds": max(0.0, time.monotonic() - began - told["working_seconds"])}
-
-
-def probe_training(study: Study, base: Path, data: Path) -> dict[str, Any]:
-    """One optimiser step on the longest rows, with the 4-bit base and a fresh adapter."""
-    from fourscore.data import read_rows
-    from fourscore.model import add_lora, load
-    from fourscore.train import probe
-
-    rows = read_rows(data, "train")
-    started = time.monotonic()
-    model = load(base, weights="nf4", block_size=study.model.block_size, double_quant=study.model.double_quant, trainable=True)
-    model = add_lora(model, study.train, study.train.seeds[0])
-    load_seconds = time.monotonic() - started
-    taken = probe(model, rows, study.train)
-    return {
-        "seconds": taken.seconds,
-        "tokens": taken.tokens,
-        "peak_rss_bytes": taken.peak_rss_bytes,
-        "load_seconds": load_seconds,
-        "working_seconds": time.monotonic() - started,
-        "model_bytes": model.disk_bytes,
-    }
 
 
 def _evaluate_seconds(study: Study, base: Path, data: Path, check: Mapping[str, Any], starts: float) -> tuple[float, float]:
@@ -160,8 +140,3 @@ def plan_text(told: Mapping[str, Any]) -> str:
         + f" (80% power, if {100 * GUESSED_DISCORDANCE:.0f}% of the answers differ)",
     ]
     return "\n".join([*lines, *(f"warning          {line}" for line in told["warnings"])])
-
-
-if __name__ == "__main__":
-    asked = json.loads(sys.stdin.read())
-    print(json.dumps(probe_training(Study.model_validate(asked["study"]), Path(asked["base"]), Path(asked["data"]))))
