@@ -237,7 +237,8 @@ class Engine:
     def _running(self, adapter: str | None) -> Iterator[None]:
         """Evaluation mode, no gradients, this adapter; as it was afterwards."""
         training = self.runner.network.training
-        self.runner.network.eval()
+        if training:  # walks through every module: not for each token of a model that is in evaluation mode anyway
+            self.runner.network.eval()
         try:
             with self.adapters.selected(adapter), torch.inference_mode():
                 yield
