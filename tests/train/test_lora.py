@@ -1,0 +1,108 @@
+"""The fused LoRA layer computes what PEFT's own forward computes, and its gradients."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from fourscore.nf4 import replace_linears
+from fourscore.train.lora import fused_lora
+
+
+def make(nf4: bool, dtype: torch.dtype, dropout: float = 0.0, **lora) -> nn.Module:
+    """Qwen2 has biases on q, k and v. B is not zero, so that A has a gradient."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    network = Qwen2ForCausalLM(config)
+    if nf4:
+        replace_linears(network)
+    network = get_peft_model(network.to(dtype), LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", lora_dropout=dropout, **lora))
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape) * 0.1
+    return network.train()
+
+
+def step(network: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    torch.manual_seed(1)
+    ids = torch.randint(0, 64, (3, 20))
+    network.zero_grad()
+    logits = network(input_ids=ids).logits.float()
+    logits.logsumexp(-1).sum().backward()
+    return logits.detach(), {n: p.grad for n, p in network.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("nf4", [True, False])
+def test_equal_to_peft_in_f32(nf4):
+    network = make(nf4, torch.float32)
+    wanted, gradients = step(network)
+    with fused_lora(network) as names:
+        assert len(names) == 14
+        got, fused = step(network)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(fused[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item(), msg=name)
+
+
+def test_in_bf16_it_rounds_no_worse_than_peft_under_autocast():
+    """Both against the same weights computed in f32."""
+    exact, exact_gradients = step(make(True, torch.bfloat16).float())
+    network = make(True, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, plain_gradients = step(network)
+    with fused_lora(network):
+        got, gradients = step(network)
+    assert (got - exact).norm() < 1.25 * (plain - exact).norm()
+
+    def error(of: dict[str, torch.Tensor]) -> float:
+        return sum(((of[n] - g).norm() / g.norm()).item() for n, g in exact_gradients.items())
+
+    assert error(gradients) < 1.25 * error(plain_gradients)
+
+
+def test_dropout_masks_the_adapter_alone_and_its_gradient_is_the_function_s():
+    """Finite differences through the layer itself, with the mask fixed by the seed."""
+    network = make(True, torch.float32, dropout=0.4)
+    layer = network.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
+    x = torch.randn(5, 96, requires_grad=True)
+    with fused_lora(network):
+
+        def output(x: torch.Tensor) -> torch.Tensor:
+            torch.manual_seed(2)
+            return layer(x).double().sin().sum()
+
+        output(x).backward()
+        direction = torch.randn_like(x)
+        for tensor, way in (
+            (x, direction),
+            (layer.lora_A["default"].weight, torch.randn(4, 96)),
+            (layer.lora_B["default"].weight, torch.randn(64, 4)),
+        ):
+            analytic = (tensor.grad.double() * way).sum()
+            tensor.data.add_(way, alpha=1e-3)
+            up = output(x)
+            tensor.data.sub_(way, alpha=2e-3)
+            down = output(x)
+            tensor.data.add_(way, alpha=1e-3)
+            assert ((up - down) / 2e-3).item() == pytest.approx(analytic.item(), rel=2e-2)
+        torch.manual_seed(2)
+        dropped = layer(x)
+        assert not torch.allclose(dropped, layer(x), atol=1e-3)  # another mask
+    network.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_variants_keep_peft_s_own_forward():
+    network = make(False, torch.float32, use_dora=True)
+    with fused_lora(network) as names:
+        assert names == []
+
+
+def test_outside_the_block_the_layers_are_peft_s():
+    network = make(True, torch.float32)
+    with fused_lora(network):
+        pass
+    assert not any("forward" in module.__dict__ for module in network.modules())
