@@ -1,7 +1,8 @@
 """What a network can do, found by trying on a few random tokens, so that no list of architectures decides it.
 
-The bound on the relative root-mean-square difference of the logits is the square root of the dtype's epsilon (3e-4 in f32,
-0.09 in bf16): rounding stays well below it, a mask or a position that a network ignores goes far above.
+The bound on the relative root-mean-square difference of the logits is three times the square root of the dtype's epsilon
+(1e-3 in f32, 0.27 in bf16). Rounding stays below it (SmolLM2-135M in bf16, 30 layers on random tokens: up to 0.09); a mask or
+a position that a network ignores goes far above (the logits of other tokens differ by about 1).
 """
 
 from __future__ import annotations
@@ -76,4 +77,4 @@ def _difference(got: Tensor, want: Tensor) -> float:
 
 
 def _bound(runner: Runner) -> float:
-    return float(torch.finfo(runner.dtype).eps ** 0.5)
+    return 3 * float(torch.finfo(runner.dtype).eps ** 0.5)
