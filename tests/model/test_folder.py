@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from fourscore.files import FourscoreError
-from fourscore.model import base_sha256, describe, load, pull
+from fourscore.model import base_sha256, catalog, describe, load, pull
 
 
 @pytest.fixture
@@ -110,3 +111,9 @@ def test_the_catalog_says_what_a_reader_must_know() -> None:
     info = describe("SmolLM2-135M-Instruct")
     assert (info.licence, info.parameters, info.sources) == ("Apache-2.0", 134_515_008, ("hub", "wheel"))
     assert "this reference was itself 4-bit once" in info.note
+    assert info in catalog()
+    for listed in catalog():
+        assert listed.licence
+        assert listed.bytes == 2 * (listed.parameters or 0)
+        assert listed.hub is not None
+        assert re.fullmatch(r"[0-9a-f]{40}", listed.hub.revision or "")

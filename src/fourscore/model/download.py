@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import http.client
 import os
 import shutil
@@ -164,8 +163,3 @@ def _disk_error(error: OSError, path: Path) -> FourscoreError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return FourscoreError("the disk is full", where=str(path), todo="free some space and run the same command again; nothing was lost")
     return FourscoreError(f"cannot be written ({error.strerror or error})", where=str(path), todo="check the path and its rights")
-
-
-def sha256_of(data: bytes) -> str:
-    """SHA-256 of bytes in memory, in hex."""
-    return hashlib.sha256(data).hexdigest()

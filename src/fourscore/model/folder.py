@@ -17,8 +17,6 @@ _HASHED = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
     "chat_template*", "vocab.*", "merges.txt", "spiece.model", "tekken.json",
 )  # fmt: skip
-_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
-         "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "C64": 64, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}  # fmt: skip
 _AGAIN = "fetch it again (delete the folder and run `fourscore pull`)"
 
 
@@ -83,16 +81,6 @@ def check_folder(path: str | Path) -> Path:
     if not any((root / name).is_file() for name in _TOKENIZER):
         raise FourscoreError("no tokenizer in this folder", where=str(root), todo="put the model's tokenizer.json beside its weights")
     return root
-
-
-def folder_bytes(path: str | Path) -> int:
-    """Bytes of all weight files."""
-    return sum(f.stat().st_size for f in weight_files(path))
-
-
-def header_bytes(header: dict[str, dict[str, Any]]) -> dict[str, int]:
-    """Bytes of every tensor of a safetensors header."""
-    return {name: t["data_offsets"][1] - t["data_offsets"][0] for name, t in header.items()}
 
 
 _hashes: dict[tuple[Any, ...], str] = {}

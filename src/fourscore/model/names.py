@@ -73,8 +73,8 @@ def _entries() -> dict[str, ModelInfo]:
 
 
 def catalog() -> list[ModelInfo]:
-    """Every model of the catalog, in the file's order."""
-    return list(_entries().values())
+    """Every model of the catalog, in the file's order; the note speaks of every source."""
+    return [describe(name) for name in _entries()]
 
 
 def entry(name: str) -> ModelInfo | None:
