@@ -23,7 +23,7 @@ $(BIN)/python:
 
 $(VENV)/.installed: $(BIN)/python $(SOURCES)
 	$(PIP) install --quiet -c constraints.txt 'torch==2.13.0'
-	$(PIP) install --quiet -c constraints.txt -e '.[gguf]'
+	$(PIP) install --quiet -c constraints.txt -e .
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

