@@ -7,7 +7,6 @@ CURL_CA_BUNDLE or SSL_CERT_FILE, in this order, else from the system.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import http.client
 import os
@@ -21,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fourscore.files import FourscoreError, hash_file
+from fourscore.files import FourscoreError, disk_error, hash_file
 from fourscore.progress import say, track
 
 TIMEOUT = 30.0  # seconds without a byte
@@ -61,7 +60,7 @@ def download(url: str, target: Path, sha256: str, *, title: str, todo: str = "")
                 _fetch(url, part, title, todo)
                 found = hash_file(part)
         except OSError as error:
-            raise _disk_error(error, part) from error
+            raise disk_error(error, part) from error
         if found != sha256:
             part.unlink()
             raise FourscoreError(
@@ -157,9 +156,3 @@ def _certificates() -> ssl.SSLContext:
             folder = Path(path).is_dir()
             return ssl.create_default_context(cafile=None if folder else path, capath=path if folder else None)
     return ssl.create_default_context()  # OpenSSL itself reads SSL_CERT_FILE and SSL_CERT_DIR
-
-
-def _disk_error(error: OSError, path: Path) -> FourscoreError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return FourscoreError("the disk is full", where=str(path), todo="free some space and run the same command again; nothing was lost")
-    return FourscoreError(f"cannot be written ({error.strerror or error})", where=str(path), todo="check the path and its rights")
