@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,17 @@ evaluate:
   latency_prompts: 3
   fidelity_items: 4
 cost: {watts: 20}
+threads: 1
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A model this small is fastest on one thread, also on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +175,7 @@ def test_measures_are_whole_and_hold_no_nan(runs, arm, adapter):
     told = json.loads((runs[arm] / "measures.json").read_text(), parse_constant=refuse)
     assert told["weights"] == {"base-16bit": "bf16"}.get(arm, "nf4")
     assert told["load_seconds"] > 0
+    assert told["threads"] == 1
     assert told["peak_rss_bytes"] > told["disk_bytes"] > 0
     latency = told["latency"]
     assert latency["requests"] == 3
@@ -225,6 +237,27 @@ def test_the_floor_answers_the_first_items_of_each_task_and_nothing_else(runs):
         assert [(i["id"], i["prompt_hash"]) for i in packed] == [(i["id"], i["prompt_hash"]) for i in plain]
         for a, b in zip(packed, plain):
             assert a["loglik"] == pytest.approx(b["loglik"], rel=0.02)
+
+
+def test_an_untrained_model_is_said_to_lack_the_skills(runs):
+    """A network of random weights guesses; that its skills were kept would mean nothing."""
+    notes = read_json(runs["base-16bit"] / "measures.json")["notes"]
+    assert any(note.startswith(("piqa", "commonsense_qa")) and "guessing scores" in note for note in notes)
+
+
+def test_free_text_is_judged_by_what_is_written(study, desk, tiny_llama, tmp_path):
+    rows = [replace(row, choices=[], answer=f"{row.answer}: see the list") for row in read_rows(desk, "evaluation")[:3]]
+    write_rows(tmp_path, "evaluation", rows)
+    write_rows(tmp_path, "train", [*rows, rows[0]])
+    free = study.model_copy(update={"evaluate": study.evaluate.model_copy(update={"keep": []})})
+    told = evaluate_arm("base-16bit", None, free, tiny_llama, tmp_path, tmp_path / "out")
+    answered = items(tmp_path / "out", "desk")
+    assert [(i["loglik"], i["pred"], i["correct"]) for i in answered] == [([], None, None)] * 3
+    assert all(i["answer_nll"] > 0 and i["generated_correct"] is False for i in answered)
+    assert told["tasks"]["desk"]["accuracy_likelihood"] is None
+    assert told["tasks"]["desk"]["accuracy_generated"] == 0.0
+    trivial = evaluate_arm("trivial", None, free, tiny_llama, tmp_path, tmp_path / "trivial")
+    assert trivial["tasks"]["desk"]["accuracy_generated"] == sum(row.answer == rows[0].answer for row in rows) / 3
 
 
 def test_a_wrong_call_is_one_clear_line(study, desk, tiny_llama, tmp_path):

@@ -63,6 +63,8 @@ def test_two_buckets_by_hand():
 def test_files_keep_the_values_and_other_tokens_are_refused(tmp_path):
     p, q = distributions(1000, 4), distributions(1000, 5)
     store_top(SEQUENCES, p).save(tmp_path / "top.npz")
+    store_top(SEQUENCES, p).save(tmp_path / "again.npz")
+    assert (tmp_path / "top.npz").read_bytes() == (tmp_path / "again.npz").read_bytes()
     loaded = load_top(tmp_path / "top.npz")
     assert loaded.ids.dtype == np.int32
     assert loaded.logprobs.dtype == np.float32

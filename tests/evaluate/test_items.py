@@ -33,6 +33,7 @@ def test_summary_by_hand():
     assert (told["items"], told["clusters"], told["ties"]) == (3, [2], 1)
     assert told["matched_by"] == {"exact": 1, "named": 1, "several": 1}
     assert told["predictions"] == {"yes": 3}
+    assert told["chance"] == 0.5
 
 
 def test_kept_skills_compare_per_byte():

@@ -144,6 +144,9 @@ def _measure_model(
     path: Literal["packed", "plain"],
     limit: int | None,
 ) -> dict[str, Any]:
+    import peft  # noqa: F401  # with what it imports takes seconds, which are Python's and not the model's
+    from transformers import AutoModelForCausalLM  # noqa: F401
+
     from fourscore.engine import Engine
 
     notes: list[str] = []
@@ -167,6 +170,7 @@ def _measure_model(
         asked = questions(skill.task, read.first(skill.items)[:limit], engine.tokenizer, per_byte=True)
         items[skill.task] = _ask(engine, asked, clock, arm, None)
         tasks[skill.task] = {**summary(items[skill.task]), "seconds": time.perf_counter() - began}
+        notes += _near_chance(skill.task, tasks[skill.task])
     for task, answers in items.items():
         write_jsonl(out / "items" / f"{task}.jsonl", answers)
 
@@ -195,6 +199,14 @@ def _measure_model(
         "skills": sources,
         "notes": notes,
     }
+
+
+def _near_chance(task: str, told: dict[str, Any]) -> list[str]:
+    """A word of warning where a skill is within two standard errors of guessing: what is not there cannot be lost."""
+    right, chance = told["accuracy_likelihood"], told["chance"]
+    if right > chance + 2 * (chance * (1 - chance) / told["items"]) ** 0.5:
+        return []
+    return [f"{task}: {right:.1%} right, and guessing scores {chance:.1%}: this arm hardly has the skill, so keeping it says little"]
 
 
 def _load(arm: str, study: Study, base: Path, adapter: Path | None, notes: list[str]) -> Model:

