@@ -41,9 +41,11 @@ class Grouping:
 
 @dataclass(frozen=True)
 class Information:
-    """What the clusters leave of the items, [studies]: `effective_items`; and the degrees of freedom of that estimate."""
+    """What the clusters leave of the items. `effective_items` [studies]; `third` [studies]: third central moment of the mean
+    difference as the clusters show it (None without clusters); the degrees of freedom of it all."""
 
     effective_items: Array
+    third: Array | None
     degrees_of_freedom: float
 
 
@@ -97,20 +99,23 @@ def information(differences: Array, groups: tuple[Grouping, ...], spread: Array)
     """
     n = differences.shape[1]
     if not groups:
-        worst, df = 1.0, float(n - 1)
-        effect = _ratio(differences.var(axis=1, ddof=1), spread, worst)
-        seen = np.count_nonzero(differences, axis=1).astype(float)
-    else:
-        ways = groups[:2]
-        worst, df = max(n / g.effective for g in ways), float(min(g.count for g in ways) - 1)
-        parts = [_design_effect(differences, g, spread) for g in ways]
-        effect, seen = parts[0]
-        if len(ways) == 2:
-            crossing = _jackknife_effect(differences, groups[2], spread, n / groups[2].effective)
-            effect = np.maximum(parts[0][0] + parts[1][0] - crossing, np.minimum(parts[0][0], parts[1][0]))
-            seen = np.minimum(parts[0][1], parts[1][1])
-    caution = np.exp(-seen / CAUTION_CLUSTERS) * np.maximum(worst - effect, 0)
-    return Information(n / (effect + caution), df)
+        effect = _ratio(differences.var(axis=1, ddof=1), spread, 1.0)
+        seen = np.count_nonzero(differences, axis=1)
+        return Information(n / (effect + _caution(seen, 1.0 - effect)), None, float(n - 1))
+    ways = groups[:2]
+    parts = [_one_way(differences, g, spread) for g in ways]
+    effect, third, seen = parts[0]
+    if len(ways) == 2:
+        crossing = _one_way(differences, groups[2], spread, raised=False)
+        effect = np.maximum(effect + parts[1][0] - crossing[0], np.minimum(effect, parts[1][0]))
+        third = third + parts[1][1] - crossing[1]
+        seen = np.minimum(seen, parts[1][2])
+    worst = max(n / g.effective for g in ways)
+    return Information(n / (effect + _caution(seen, worst - effect)), third, float(min(g.count for g in ways) - 1))
+
+
+def _caution(seen: Array, room: Array) -> Array:
+    return np.exp(-seen / CAUTION_CLUSTERS) * np.maximum(room, 0)
 
 
 def _ratio(variance: Array, spread: Array, otherwise: float) -> Array:
@@ -126,34 +131,30 @@ def _sums(values: Array, group: Grouping) -> Array:
     return np.add.reduceat(ordered, np.concatenate([[0], np.cumsum(group.sizes)[:-1]]), axis=1)
 
 
-def _jackknife_effect(differences: Array, group: Grouping, spread: Array, otherwise: float) -> Array:
-    """Design effect [studies]: the cluster jackknife's variance of the mean (CR3; Bell and McCaffrey 2002) over the independent one."""
-    n = differences.shape[1]
-    residual = _sums(differences, group) - group.sizes * differences.mean(axis=1, keepdims=True)
-    leave_out = residual / (n - group.sizes)
-    return _ratio((leave_out**2).sum(axis=1) * (group.count - 1) / group.count * n, spread, otherwise)
+def _one_way(differences: Array, group: Grouping, spread: Array, *, raised: bool = True) -> tuple[Array, Array, Array]:
+    """Of one grouping, each [studies]: the design effect, the mean's third moment, the clusters in which the arms differ at all.
 
-
-def _design_effect(differences: Array, group: Grouping, spread: Array) -> tuple[Array, Array]:
-    """Design effect of one grouping, and the number of clusters in which the arms differ at all; each [studies].
-
-    The jackknife's, raised by half of what the intra-cluster correlation says beyond it. With clusters of unequal sizes
-    the jackknife rests on the few large ones and comes out low whenever they happen to agree (coverage 86% where 95% is
-    promised); the correlation, averaged with every cluster's pairs weighing alike, is steadier but trusts that large and
-    small clusters correlate alike. Their mean, never below the jackknife, held in both kinds of simulation.
+    The design effect is the cluster jackknife's (CR3; Bell and McCaffrey 2002), and where `raised` half of what the
+    intra-cluster correlation says beyond it. With clusters of unequal sizes the jackknife rests on the few large ones and
+    comes out low whenever they happen to agree (coverage 86% where 95% is promised); the correlation, every cluster's pairs
+    weighing alike, is steadier but trusts that large and small clusters correlate alike. Their mean, never below the
+    jackknife, held in both kinds of simulation.
     """
     n, m = differences.shape[1], group.sizes.astype(float)
-    jackknife = _jackknife_effect(differences, group, spread, n / group.effective)
-    sums, squares = _sums(differences, group), _sums(differences**2, group)
-    seen = np.count_nonzero(squares, axis=1).astype(float)
-    several = m > 1
-    if not several.any():
-        return jackknife, seen
     mean = differences.mean(axis=1, keepdims=True)
-    products = (sums - m * mean) ** 2 - (squares - 2 * mean * sums + m * mean**2)
-    weight = np.where(several, 1 / np.maximum(m - 1, 1) ** 2, 0.0)
-    covariance = (weight * products).sum(axis=1) / (weight * m * (m - 1)).sum()
-    # The estimated mean pulls each product down by about its own variance; give that back.
-    correlation = np.clip(_ratio(np.maximum(covariance, 0), spread, 0.0) + jackknife / n, 0, 1)
-    modelled = np.where(spread > 0, 1 + correlation * ((m**2).sum() / n - 1), jackknife)
-    return jackknife + np.maximum(modelled - jackknife, 0) / 2, seen
+    sums, squares = _sums(differences, group), _sums(differences**2, group)
+    seen = np.count_nonzero(squares, axis=1)
+    residual = sums - m * mean
+    leave_out = residual / (n - m)
+    effect = _ratio((leave_out**2).sum(axis=1) * (group.count - 1) / group.count * n, spread, n / group.effective)
+    third = (leave_out**3).sum(axis=1)
+    several = m > 1
+    if raised and several.any():
+        within = squares - 2 * mean * sums + m * mean**2
+        weight = np.where(several, 1 / np.maximum(m - 1, 1) ** 2, 0.0)
+        covariance = (weight * (residual**2 - within)).sum(axis=1) / (weight * m * (m - 1)).sum()
+        own = _ratio(within.sum(axis=1) / n, spread, 1.0)  # 1 for 0/1 scores
+        # The estimated mean pulls each product down by about its own variance; give that back.
+        shared = np.minimum(_ratio(np.maximum(covariance, 0), spread, 0.0) + effect / n, own)
+        effect = effect + np.maximum(own + shared * ((m**2).sum() / n - 1) - effect, 0) / 2
+    return effect, third, seen

@@ -12,6 +12,7 @@ from scipy import special
 
 from fourscore.files import FourscoreError
 from fourscore.stats.paired import POWER, Paired
+from fourscore.stats.score import corrected_statistic
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 _MOST_ITEMS = 10_000_000
@@ -58,12 +59,19 @@ def _items_needed(paired: Paired, threshold: float) -> int | None:
         return None
     if paired.standard_error > 0:
         z = float(special.ndtri(paired.confidence) + special.ndtri(POWER))
-        factor = (z * paired.standard_error / distance) ** 2
-    else:
-        # No pair differs: the bound then shrinks like 1/n, as in the rule of three, not like its root.
-        factor = max(paired.difference - paired.low, paired.high - paired.difference) / distance
-    needed = paired.items * factor
-    return None if needed > _MOST_ITEMS else max(paired.items + 1, math.ceil(needed))
+        needed = paired.items * (z * paired.standard_error / distance) ** 2
+        return None if needed > _MOST_ITEMS else max(paired.items + 1, math.ceil(needed))
+    # All pairs alike: no error to scale. Ask instead how many more of them would move the bound past the threshold.
+    gain, loss, threshold = (
+        (paired.gain, paired.loss, threshold) if paired.difference > threshold else (paired.loss, paired.gain, -threshold)
+    )
+    critical = float(special.stdtrit(paired.degrees_of_freedom, paired.confidence))
+    too_few, enough = paired.items, _MOST_ITEMS
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        passed = float(corrected_statistic(gain, loss, paired.effective_items * middle / paired.items, threshold)) > critical
+        too_few, enough = (too_few, middle) if passed else (middle, enough)
+    return enough if enough < _MOST_ITEMS else None
 
 
 def intersection_union(decisions: Sequence[Decision]) -> Verdict:

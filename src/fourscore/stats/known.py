@@ -24,14 +24,20 @@ class McNemar:
     p_mid: float
 
 
-def _counts(*counts: int) -> None:
-    if any(count < 0 or count != int(count) for count in counts) or sum(counts) < 0:
-        raise FourscoreError(f"counts of pairs must be whole numbers from 0, not {counts}", where="paired table", todo="count pairs")
+def _check(confidence: float, *counts: int) -> None:
+    if any(count < 0 or count != int(count) for count in counts):
+        raise FourscoreError(
+            f"counts of pairs {counts}", where="paired table", todo="give whole numbers from 0 that fit the number of pairs"
+        )
+    if sum(counts) == 0:
+        raise FourscoreError("no pairs", where="paired table", todo="give at least one pair")
+    if not 0 < confidence < 1:
+        raise FourscoreError(f"confidence {confidence}", where="paired table", todo="give a number between 0 and 1, such as 0.95")
 
 
 def mcnemar(b: int, c: int) -> McNemar:
     """McNemar's test from the discordant counts: exact (binomial) and mid-p (Fagerland, Lydersen and Laake 2013)."""
-    _counts(b, c)
+    _check(0.95, b, c, 1)
     m, low = b + c, min(b, c)
     if m == 0:
         return McNemar(math.nan, 1.0, 1.0)
@@ -42,14 +48,14 @@ def mcnemar(b: int, c: int) -> McNemar:
 
 def tango(b: int, c: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Two-sided asymptotic score interval for (b - c) / n. Tango 1998, Statistics in Medicine 17:891-908."""
-    _counts(b, c, n - b - c)
+    _check(confidence, b, c, n - b - c)
     z = float(special.ndtri(0.5 + confidence / 2))
     return float(score_low(b / n, c / n, n, z, corrected=False)), -float(score_low(c / n, b / n, n, z, corrected=False))
 
 
 def wilson(x: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Two-sided Wilson score interval for x / n. Wilson 1927."""
-    _counts(x, n - x)
+    _check(confidence, x, n - x)
     z = float(special.ndtri(0.5 + confidence / 2))
     middle, half = x + z * z / 2, z * math.sqrt(x * (n - x) / n + z * z / 4)
     return max(0.0, (middle - half) / (n + z * z)), min(1.0, (middle + half) / (n + z * z))
@@ -57,7 +63,7 @@ def wilson(x: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
 
 def newcombe(both: int, b: int, c: int, neither: int, confidence: float = 0.95) -> tuple[float, float]:
     """Two-sided square-and-add interval, method 10 of Newcombe 1998, Statistics in Medicine 17:2635-2650."""
-    _counts(both, b, c, neither)
+    _check(confidence, both, b, c, neither)
     n = both + b + c + neither
     p1, p2 = (both + b) / n, (both + c) / n
     (l1, u1), (l2, u2) = wilson(both + b, n, confidence), wilson(both + c, n, confidence)

@@ -11,7 +11,7 @@ from scipy import special
 
 from fourscore.files import FourscoreError
 from fourscore.stats.clusters import Array, Grouping, groupings, information
-from fourscore.stats.score import corrected_statistic, score_low
+from fourscore.stats.score import corrected_statistic, score_low, studentised_shift
 
 POWER = 0.8  # the power that `smallest_effect` and `items_needed` speak of
 
@@ -22,7 +22,8 @@ class Paired:
 
     `clusters`: how many clusters, one number a grouping, () where every item stands alone. `discordant`: items on which a,
     and on which b, scored higher. `gain`, `loss`: means of the positive and negative parts of a - b (for 0/1 scores the
-    shares of discordant items). `effective_items`: independent 0/1 items that would be as informative.
+    shares of discordant items). `effective_items`: independent 0/1 items that would be as informative. `shift`: what skewed
+    clusters add to the lower bound's critical value.
     `p_superiority`: one-sided, against 'a is no better than b'.
     """
 
@@ -43,13 +44,14 @@ class Paired:
     gain: float
     loss: float
     effective_items: float
+    shift: float
 
     def p_above(self, delta: float) -> float:
         """One-sided p-value against 'the true difference is at most `delta`': below 1 - confidence exactly when low > delta."""
         if not -1 <= delta <= 1:
             raise FourscoreError(f"difference {delta}", where="paired difference", todo="differences of scores lie between -1 and 1")
         t = float(corrected_statistic(self.gain, self.loss, self.effective_items, delta))
-        return float(special.stdtr(self.degrees_of_freedom, -t))
+        return float(special.stdtr(self.degrees_of_freedom, self.shift - t))
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Bounds:
     standard_error: Array
     effective_items: Array
     degrees_of_freedom: float
+    shift: Array
 
 
 def paired_bounds(differences: Array, groups: tuple[Grouping, ...], confidence: float) -> Bounds:
@@ -71,15 +74,19 @@ def paired_bounds(differences: Array, groups: tuple[Grouping, ...], confidence: 
     loss = np.maximum(-differences, 0).mean(axis=1)
     spread = np.maximum(gain + loss - (gain - loss) ** 2, 0)
     known = information(differences, groups, spread)
-    critical = special.stdtrit(known.degrees_of_freedom, confidence)
+    n, critical = known.effective_items, special.stdtrit(known.degrees_of_freedom, confidence)
+    down, up = np.zeros_like(n), np.zeros_like(n)
+    if known.third is not None:
+        down, up = studentised_shift(gain, loss, n, known.third, critical)
     return Bounds(
         gain=gain,
         loss=loss,
-        low=score_low(gain, loss, known.effective_items, critical, corrected=True),
-        high=-score_low(loss, gain, known.effective_items, critical, corrected=True),
-        standard_error=np.sqrt(spread / known.effective_items),
-        effective_items=known.effective_items,
+        low=score_low(gain, loss, n, critical + down, corrected=True),
+        high=-score_low(loss, gain, n, critical + up, corrected=True),
+        standard_error=np.sqrt(spread / n),
+        effective_items=n,
         degrees_of_freedom=known.degrees_of_freedom,
+        shift=down,
     )
 
 
@@ -105,7 +112,7 @@ def paired_difference(
     found = paired_bounds(d[None, :], groups, confidence)
     low, high, error = float(found.low[0]), float(found.high[0]), float(found.standard_error[0])
     gain, loss, df = float(found.gain[0]), float(found.loss[0]), found.degrees_of_freedom
-    effective = float(found.effective_items[0])
+    effective, shift = float(found.effective_items[0]), float(found.shift[0])
     planned = float(special.stdtrit(df, confidence) + special.stdtrit(df, POWER)) * error
     return Paired(
         difference=gain - loss,
@@ -122,10 +129,11 @@ def paired_difference(
         method=("score interval", "one-way cluster score interval", "", "two-way cluster score interval")[len(groups)],
         mean_a=float(first.mean()),
         mean_b=float(second.mean()),
-        p_superiority=float(special.stdtr(df, -float(corrected_statistic(gain, loss, effective, 0.0)))),
+        p_superiority=float(special.stdtr(df, shift - float(corrected_statistic(gain, loss, effective, 0.0)))),
         gain=gain,
         loss=loss,
         effective_items=effective,
+        shift=shift,
     )
 
 
