@@ -83,13 +83,15 @@ def studentised_shift(gain: Any, loss: Any, n: Any, third: Any, critical: Any) -
 
     The score statistic knows the skewness of n independent pairs; `third` is the mean's third moment as the clusters show
     it. For the rest, d, the statistic is a Student's t, whose variance was estimated from the same skewed clusters: its
-    quantile moves by d (2 z^2 + 1) / 6 (Johnson 1978, JASA 73:536-544); half as much again here, since the third moment of a
-    few clusters comes out low just when a rare cluster stayed away (93.7% became 94.5% in the worst case). Only ever widens.
+    quantile moves by d (2 z^2 + 1) / 6 (Johnson 1978, JASA 73:536-544). Half as much again here, since the third moment of a
+    few clusters comes out low just when a rare cluster stayed away: the worst case simulated was covered at 92% without the
+    term, 93.7% with it, 94.5% with one and a half. Only ever widens.
     """
     mean = gain - loss
     spread = gain + loss - mean**2
-    safe = np.where(spread > 0, spread, 1.0)
+    some = spread > 1e-14
+    safe = np.where(some, spread, 1.0)
     pairs = gain * (1 - mean) ** 3 - loss * (1 + mean) ** 3 - (1 - gain - loss) * mean**3
-    beyond = np.where(spread > 0, third * (n / safe) ** 1.5 - pairs / (safe**1.5 * np.sqrt(n)), 0.0)
+    beyond = np.where(some, third * (n / safe) ** 1.5 - pairs / (safe**1.5 * np.sqrt(n)), 0.0)
     shift = np.clip(beyond, -_MOST_STUDENTISED, _MOST_STUDENTISED) * (2 * np.minimum(critical, 3.0) ** 2 + 1) / 4
     return np.maximum(-shift, 0), np.maximum(shift, 0)
