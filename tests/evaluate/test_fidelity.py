@@ -77,6 +77,16 @@ def test_files_keep_the_values_and_other_tokens_are_refused(tmp_path):
         load_top(tmp_path / "broken.npz")
 
 
+def test_a_beginning_that_sequences_share_counts_once():
+    """[1, 2, 3, 4] and [1, 2, 3, 5, 6] share the contexts 1, 12 and 123; the repeated sequence adds nothing."""
+    sequences = [[1, 2, 3, 4], [1, 2, 3, 5, 6], [1, 2, 3, 4], [2, 2]]
+    generator = torch.Generator().manual_seed(0)
+    p = [torch.log_softmax(torch.randn(len(s) - 1, 40, generator=generator), -1) for s in sequences]
+    kl, same = divergence(store_top(sequences, p), sequences, near(p, 1))
+    assert len(kl) == len(same) == 3 + 1 + 0 + 1
+    assert kl.min() > 0
+
+
 def item(identity, correct, generated, nll, prompt="p"):
     return {
         "id": identity,

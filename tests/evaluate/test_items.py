@@ -20,8 +20,8 @@ def question(number, answer, choices, lengths=None, cluster=("c",), tokens=2):
 
 def test_summary_by_hand():
     items = [
-        answered(question(1, "yes", ["yes", "no"], cluster=("a",)), [-1.0, -2.0], "Yes."),
-        answered(question(2, "no", ["yes", "no"], cluster=("a",)), [-1.0, -3.0], "I say no"),
+        answered(question(1, "yes", ["yes", "no"], cluster=("a",)), [-1.0, -2.0], "Yes.", True),
+        answered(question(2, "no", ["yes", "no"], cluster=("a",)), [-1.0, -3.0], "I say no", False),
         answered(question(3, "no", ["yes", "no"], cluster=("b",)), [-2.0, -2.0], "no yes"),
     ]
     assert [item["correct"] for item in items] == [True, False, False]  # equals: the first choice is taken
@@ -34,6 +34,7 @@ def test_summary_by_hand():
     assert told["matched_by"] == {"exact": 1, "named": 1, "several": 1}
     assert told["predictions"] == {"yes": 3}
     assert told["chance"] == 0.5
+    assert told["unfinished"] == 1
 
 
 def test_kept_skills_compare_per_byte():

@@ -27,7 +27,7 @@ from fourscore.progress import track
 from fourscore.spec import Study
 
 if TYPE_CHECKING:
-    from fourscore.engine import Engine
+    from fourscore.engine import Engine, Generation
     from fourscore.model import Model
 
 DESK = "desk"
@@ -162,6 +162,7 @@ def _measure_model(
     desk = questions(DESK, rows, engine.tokenizer)
     items[DESK] = _ask(engine, desk, clock, arm, study.evaluate.max_new_tokens)
     tasks[DESK] = {**summary(items[DESK]), "seconds": time.perf_counter() - began}
+    notes += _cut(tasks[DESK], study.evaluate.max_new_tokens)
     sources = {}
     for skill in study.evaluate.keep:
         began = time.perf_counter()
@@ -201,12 +202,21 @@ def _measure_model(
     }
 
 
+def _cut(told: dict[str, Any], max_new_tokens: int) -> list[str]:
+    """Written answers that were cut may have been on their way to the right word; the reader must know."""
+    if not told["unfinished"]:
+        return []
+    return [
+        f"{told['unfinished']} of {told['items']} written answers were cut after {max_new_tokens} tokens and judged as far as they went"
+    ]
+
+
 def _near_chance(task: str, told: dict[str, Any]) -> list[str]:
     """A word of warning where a skill is within two standard errors of guessing: what is not there cannot be lost."""
     right, chance = told["accuracy_likelihood"], told["chance"]
     if right > chance + 2 * (chance * (1 - chance) / told["items"]) ** 0.5:
         return []
-    return [f"{task}: {right:.1%} right, and guessing scores {chance:.1%}: this arm hardly has the skill, so keeping it says little"]
+    return [f"{task}: {right:.1%} right where guessing scores {chance:.1%}: {told['items']} items show no skill here that could be lost"]
 
 
 def _load(arm: str, study: Study, base: Path, adapter: Path | None, notes: list[str]) -> Model:
@@ -258,26 +268,27 @@ def _ask(engine: Engine, asked: Sequence[Question], clock: Clock, arm: str, max_
         scored = engine.score(requests, advance=bar.advance)
         clock.score_seconds += time.perf_counter() - began
         clock.score_tokens += sum(len(q.prompt) + sum(map(len, q.continuations)) for q in asked)
-    texts: list[str | None] = [None] * len(asked)
-    if max_new_tokens is not None:
-        texts = _write(engine, asked, clock, f"{arm}: {task}, written", max_new_tokens)
     logliks = iter(scored)
-    return [answered(q, [next(logliks)[0] for _ in q.continuations], text) for q, text in zip(asked, texts, strict=True)]
+    by_question = [[next(logliks)[0] for _ in q.continuations] for q in asked]
+    if max_new_tokens is None:
+        return [answered(q, values, None) for q, values in zip(asked, by_question, strict=True)]
+    written = _write(engine, asked, clock, f"{arm}: {task}, written", max_new_tokens)
+    return [answered(q, values, g.text, g.finish_reason == "stop") for q, values, g in zip(asked, by_question, written, strict=True)]
 
 
-def _write(engine: Engine, asked: Sequence[Question], clock: Clock, title: str, max_new_tokens: int) -> list[str | None]:
+def _write(engine: Engine, asked: Sequence[Question], clock: Clock, title: str, max_new_tokens: int) -> list[Generation]:
     """Greedy answers. On the plain path each prompt is a call of its own, so that the floor also sees what batching does."""
     stops = [end_of_turn(engine.tokenizer)]
     prompts = [q.prompt for q in asked]
     calls = [[p] for p in prompts] if engine.path == "plain" else [prompts]
-    written = []
+    written: list[Generation] = []
     with track(title, len(prompts), "answers") as bar:
         began = time.perf_counter()
         for call in calls:
             written += engine.generate(call, max_new_tokens, stop_ids=stops, advance=bar.advance)
         clock.generate_seconds += time.perf_counter() - began
     clock.new_tokens += sum(len(g.ids) + (g.finish_reason == "stop") for g in written)
-    return [g.text for g in written]
+    return written
 
 
 def _fidelity(

@@ -1,9 +1,10 @@
 """How far an arm's next-token distributions are from base-16bit's, on the same tokens. This screens and explains; it never decides.
 
-The reference writes, for every position of prompt and gold answer, its TOP likeliest tokens with their log-probabilities, and the
-log-probability of all others together. The other arms evaluate theirs on the same tokens. The KL divergence over these
-TOP + 1 buckets is never more than the KL over the whole vocabulary (data-processing inequality: merging outcomes cannot
-increase a divergence; Cover and Thomas, Elements of Information Theory, 2.8), so what is reported is a lower bound.
+The reference writes, for every position of prompt and gold answer (a beginning that several prompts share counts once), its TOP
+likeliest tokens with their log-probabilities, and the log-probability of all others together. The other arms evaluate theirs
+on the same tokens. The KL divergence over these TOP + 1 buckets is never more than the KL over the whole vocabulary
+(data-processing inequality: merging outcomes cannot increase a divergence; Cover and Thomas, Elements of Information Theory,
+2.8), so what is reported is a lower bound.
 Flips are answers that turned from right to wrong or back (Dutta et al. 2024, arXiv 2407.09141).
 """
 
@@ -29,7 +30,7 @@ TOP = 128
 class Top:
     """The reference's distributions. ids: int32 [positions, k], likeliest first; logprobs: float32 [positions, k]; rest: float32
     [positions], log-probability of all other tokens; offsets: int64 [sequences + 1] into the positions; tokens: int32, the
-    sequences themselves, one after another (each is one longer than its positions)."""
+    sequences themselves, one after another."""
 
     ids: np.ndarray
     logprobs: np.ndarray
@@ -55,8 +56,8 @@ def load_top(path: Path) -> Top:
 def store_top(sequences: Sequence[list[int]], distributions: Iterable[torch.Tensor], k: int = TOP) -> Top:
     """The reference's record. distributions: per sequence [n - 1 or more, vocabulary] natural log-probabilities of the next token."""
     ids, logprobs, rest, offsets = [], [], [], [0]
-    for sequence, full in zip(sequences, distributions, strict=True):
-        values = full[: len(sequence) - 1].float()
+    for new, full in zip(_new_positions(sequences), distributions, strict=True):
+        values = full[new].float()
         top = values.topk(min(k, values.shape[-1]), dim=-1)
         ids.append(top.indices.to(torch.int32).numpy())
         logprobs.append(top.values.numpy())
@@ -76,15 +77,31 @@ def divergence(reference: Top, sequences: Sequence[list[int]], distributions: It
             "the reference was measured on other tokens", where="top.npz", todo="run the step of base-16bit again with this model and data"
         )
     kl, same = [], []
-    for i, (sequence, full) in enumerate(zip(sequences, distributions, strict=True)):
+    for i, (new, full) in enumerate(zip(_new_positions(sequences), distributions, strict=True)):
         here = slice(int(reference.offsets[i]), int(reference.offsets[i + 1]))
-        values = full[: len(sequence) - 1].float()
+        values = full[new].float()
         ids = torch.from_numpy(reference.ids[here].astype(np.int64))
         q = torch.cat([values.gather(-1, ids), _rest(values, ids)[:, None]], dim=-1).double()
         p = torch.cat([torch.from_numpy(reference.logprobs[here]), torch.from_numpy(reference.rest[here])[:, None]], dim=-1).double()
         kl.append(_kl(p, q).numpy())
         same.append((values.argmax(-1) == ids[:, 0]).numpy())
     return np.concatenate(kl), np.concatenate(same)
+
+
+def _new_positions(sequences: Sequence[list[int]]) -> list[slice]:
+    """Of each sequence, the positions whose context no sequence before it has: a system prompt under every question would
+    otherwise be counted once a question, and a few of its tokens would be all that a 99th percentile sees."""
+    seen: dict[tuple[int, int], int] = {}  # (node, token) -> node of a trie of all contexts
+    slices = []
+    for sequence in sequences:
+        node, first = 0, len(sequence) - 1
+        for place, token in enumerate(sequence[:-1]):
+            if (node, token) not in seen:
+                first = min(first, place)
+                seen[node, token] = len(seen) + 1
+            node = seen[node, token]
+        slices.append(slice(first, len(sequence) - 1))
+    return slices
 
 
 def _flat(sequences: Sequence[list[int]]) -> np.ndarray:
@@ -114,7 +131,7 @@ def describe(kl: np.ndarray, same: np.ndarray, items: Mapping[str, list[Item]], 
         "perplexity_ratio": perplexity_ratio(items["desk"], reference["desk"]),
         "tokens": len(kl),
         "flips": {task: flips(items[task], reference[task]) for task in items if task in reference},
-        "note": f"KL in nats a token over the reference's {TOP} likeliest tokens and the rest as one: a lower bound",
+        "note": f"KL in nats a token over the reference's {TOP} likeliest tokens, the rest as one: a lower bound; shared beginnings once",
     }
 
 

@@ -36,8 +36,9 @@ class Question:
         return self.continuations[self.gold]
 
 
-def answered(question: Question, loglik: Sequence[float], generated: str | None) -> Item:
-    """The item of one question. loglik: natural log-likelihood of each continuation; generated: the text written, if asked for.
+def answered(question: Question, loglik: Sequence[float], generated: str | None, finished: bool | None = None) -> Item:
+    """The item of one question. loglik: natural log-likelihood of each continuation; generated: the text written, if asked for;
+    finished: whether it came to its own end.
 
     The prediction is the choice with the highest log-likelihood (per `lengths`); of equals the first, and `tie` says so.
     """
@@ -61,7 +62,7 @@ def answered(question: Question, loglik: Sequence[float], generated: str | None)
     }
     if question.lengths is not None:
         item["lengths"] = question.lengths
-    return item | written(row, generated)
+    return item | written(row, generated, finished)
 
 
 def best_choice(choices: list[str], loglik: Sequence[float], lengths: Sequence[int] | None) -> tuple[str | None, bool]:
@@ -84,16 +85,22 @@ def constant(task: str, row: Row, prompt_hash: str, answer: str, answer_tokens: 
         "answer_nll": None,
         "answer_tokens": answer_tokens,
     }
-    return item | written(row, answer)
+    return item | written(row, answer, True)
 
 
-def written(row: Row, text: str | None) -> Item:
+def written(row: Row, text: str | None, finished: bool | None) -> Item:
     """The fields about the generated text; all null where none was asked for."""
     if text is None:
-        return {"generated": None, "generated_answer": None, "generated_correct": None, "matched_by": None}
+        return {"generated": None, "generated_answer": None, "generated_correct": None, "matched_by": None, "finished": None}
     match: Match = match_answer(text, row.choices) if row.choices else match_text(text, row.answer)
     correct = match.rule in ("exact", "named") and match.answer == row.answer
-    return {"generated": text, "generated_answer": match.answer, "generated_correct": correct, "matched_by": match.rule}
+    return {
+        "generated": text,
+        "generated_answer": match.answer,
+        "generated_correct": correct,
+        "matched_by": match.rule,
+        "finished": finished,
+    }
 
 
 def _item(task: str, row: Row, prompt_hash: str) -> Item:
@@ -105,7 +112,7 @@ def summary(items: Sequence[Item]) -> dict[str, Any]:
 
     accuracy_*: shares in [0, 1]. chance: what guessing among the choices would score. perplexity_answer: exp of the mean nats
     per gold answer token, over all tokens of all items. clusters: distinct labels of each way. matched_by: how the written
-    answers were read. ties: predictions that another choice equalled.
+    answers were read. unfinished: written answers that max_new_tokens cut. ties: predictions that another choice equalled.
     """
     nll = [item for item in items if item["answer_nll"] is not None]
     tokens = sum(item["answer_tokens"] for item in nll)
@@ -117,6 +124,7 @@ def summary(items: Sequence[Item]) -> dict[str, Any]:
         "accuracy_generated": _share(items, "generated_correct"),
         "chance": sum(1 / len(item["choices"]) for item in items) / len(items) if items and all(i["choices"] for i in items) else None,
         "perplexity_answer": _exp(sum(i["answer_nll"] for i in nll) / tokens) if tokens else None,
+        "unfinished": sum(item["finished"] is False for item in items) if any(i["finished"] is not None for i in items) else None,
         "ties": sum(bool(item["tie"]) for item in items),
         "matched_by": dict(sorted(Counter(i["matched_by"] for i in items if i["matched_by"] is not None).items())) or None,
         "predictions": dict(Counter(item["pred"] for item in items if item["pred"] is not None).most_common()) if _shared(items) else None,
