@@ -1,10 +1,10 @@
 """A QLoRA training step beside its peer, PEFT on bitsandbytes' NF4, in turn on one machine.
 
-    python bench/train_step.py MODEL_FOLDER [--rows 4] [--tokens 256] [--rounds 3] [--out bench/results/train_step.json]
+    python bench/train_step.py MODEL_FOLDER [--rows 4] [--tokens 256] [--rounds 3] [--threads N] [--out bench/results/train_step.json]
 
 Each side runs in a process of its own (peak memory is a process's), the sides take turns, the median of the rounds counts.
 Rank 16 on all linear layers, AdamW, one step of `rows` x `tokens` tokens. Two cases: `all` trains on every token but the
-first, `answer` on the last four, as short answers do.
+first, `answer` on the last four, as short answers do. On a busy machine take `--threads 1` and read `cpu_ratio`.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ def peak_bytes() -> int:
 def timed(step: Any, steps: int) -> dict[str, float]:
     """Seconds a step, the first one (which builds kernels and optimiser state) left out."""
     step()
-    seconds = []
+    seconds, cpu = [], []
     for _ in range(steps):
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         loss = step()
         seconds.append(time.perf_counter() - began)
-    return {"seconds": min(seconds), "loss": loss, "peak_rss_bytes": peak_bytes()}
+        cpu.append(time.process_time() - used)
+    return {"seconds": min(seconds), "cpu_seconds": min(cpu), "loss": loss, "peak_rss_bytes": peak_bytes()}
 
 
 def peer(folder: str, case: str, rows: int, tokens: int, steps: int) -> dict[str, float]:
@@ -85,7 +86,7 @@ def ours(folder: str, case: str, rows: int, tokens: int, steps: int) -> dict[str
     from fourscore import spec
     from fourscore.model import add_lora, load
     from fourscore.train.batches import Example
-    from fourscore.train.lora import fused_lora
+    from fourscore.train.fused import fused
     from fourscore.train.optimise import Optimiser, settle_dtype
 
     settings = spec.Train(rank=16, alpha=32, learning_rate=1e-4, warmup=0.0, tokens_per_step=rows * tokens)
@@ -96,7 +97,7 @@ def ours(folder: str, case: str, rows: int, tokens: int, steps: int) -> dict[str
     ids = token_rows(rows, tokens, model.network.config.vocab_size)
     examples = [Example(i, tuple(row), prompt, "") for i, row in enumerate(ids)]
     plan = (tuple(range(rows)),)
-    with fused_lora(model.network):
+    with fused(model.network):
         return timed(lambda: optimiser.step(0, plan, examples).loss, steps)
 
 
@@ -104,7 +105,8 @@ def measure(side: str, case: str, options: argparse.Namespace) -> dict[str, floa
     """One side in its own process."""
     command = [sys.executable, __file__, options.folder, "--side", side, "--case", case]
     command += ["--rows", str(options.rows), "--tokens", str(options.tokens), "--steps", str(options.steps)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "FOURSCORE_QUIET": "1"})
+    threads = {"OMP_NUM_THREADS": str(options.threads)} if options.threads else {}
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "FOURSCORE_QUIET": "1", **threads})
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
@@ -117,6 +119,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="default: what torch takes")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--cases", nargs="+", default=list(SUPERVISED))
     parser.add_argument("--side", choices=["peer", "ours"], help=argparse.SUPPRESS)
@@ -129,7 +132,13 @@ def main() -> None:
 
     from fourscore.machine import describe_machine
 
-    record: dict[str, Any] = {"machine": describe_machine().to_json(), "rows": options.rows, "tokens": options.tokens, "cases": {}}
+    record: dict[str, Any] = {
+        "machine": describe_machine().to_json(),
+        "rows": options.rows,
+        "tokens": options.tokens,
+        "threads": options.threads,
+        "cases": {},
+    }
     for case in options.cases:
         runs: dict[str, list[dict[str, float]]] = {"peer": [], "ours": []}
         for _ in range(options.rounds):
@@ -137,12 +146,14 @@ def main() -> None:
                 runs[side].append(measure(side, case, options))
                 print(case, side, json.dumps(runs[side][-1]), file=sys.stderr, flush=True)
         seconds = {side: statistics.median(r["seconds"] for r in found) for side, found in runs.items()}
+        cpu = {side: statistics.median(r["cpu_seconds"] for r in found) for side, found in runs.items()}
         memory = {side: statistics.median(r["peak_rss_bytes"] for r in found) for side, found in runs.items()}
         record["cases"][case] = {
             "tokens_per_second": {side: options.rows * options.tokens / s for side, s in seconds.items()},
             "peak_rss_bytes": memory,
             "loss": {side: found[-1]["loss"] for side, found in runs.items()},
             "speed_ratio": seconds["peer"] / seconds["ours"],
+            "cpu_ratio": cpu["peer"] / cpu["ours"],
             "memory_ratio": memory["ours"] / memory["peer"],
             "rounds": runs,
         }

@@ -4,9 +4,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fourscore.nf4 import replace_linears
+from fourscore.train.fused import _ShortAttention, fused, fused_norms
 from fourscore.train.lora import fused_lora
 
 
@@ -95,6 +97,52 @@ def test_dropout_masks_the_adapter_alone_and_its_gradient_is_the_function_s():
     assert torch.equal(layer(x), layer(x))
 
 
+def test_gated_mlp_norms_and_short_rows_are_equal_to_transformers_in_f32():
+    network = make(True, torch.float32)
+    wanted, gradients = step(network)
+    with fused_norms(network) as norms:
+        assert len(norms) == 5
+    with fused(network):
+        assert "forward" in network.get_submodule("base_model.model.model.layers.0.mlp").__dict__
+        got, of_fused = step(network)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(of_fused[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item(), msg=name)
+
+
+def test_another_norm_and_another_activation_are_left_alone():
+    """Gemma2 multiplies by 1 + weight and gates by GELU."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8
+    )
+    network = get_peft_model(Gemma2ForCausalLM(config), LoraConfig(r=4, target_modules="all-linear")).train()
+    for name, parameter in network.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    wanted, gradients = step(network)
+    with fused_norms(network) as norms:
+        assert norms == []
+    with fused(network):
+        assert "forward" not in network.get_submodule("base_model.model.model.layers.0.mlp").__dict__
+        got, of_fused = step(network)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(of_fused[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize(("heads", "groups", "length"), [(6, 2, 50), (3, 3, 7), (4, 1, 160)])
+def test_short_attention_is_torch_s(heads, groups, length):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, length, 16, requires_grad=True) for h in (heads, groups, groups))
+    dy = torch.randn(2, heads, length, 16)
+    wanted = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
+    gradients = torch.autograd.grad(wanted, (q, k, v), dy)
+    got = _ShortAttention.apply(q, k, v, 0.3)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(got, (q, k, v), dy), gradients, rtol=1e-4, atol=1e-5)
+
+
 def test_variants_keep_peft_s_own_forward():
     network = make(False, torch.float32, use_dora=True)
     with fused_lora(network) as names:
@@ -103,6 +151,8 @@ def test_variants_keep_peft_s_own_forward():
 
 def test_outside_the_block_the_layers_are_peft_s():
     network = make(True, torch.float32)
-    with fused_lora(network):
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with fused(network):
         pass
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
     assert not any("forward" in module.__dict__ for module in network.modules())

@@ -23,7 +23,7 @@ from fourscore.model import base_sha256, save_adapter
 from fourscore.progress import say, track
 from fourscore.train.batches import Example, micro_batches, plan_steps, render_examples
 from fourscore.train.checkpoint import Checkpoint, load_checkpoint, random_state, remove_checkpoints, restore_random_state, save_checkpoint
-from fourscore.train.lora import fused_lora
+from fourscore.train.fused import fused
 from fourscore.train.loss import AnswerLoss
 from fourscore.train.optimise import Optimiser, StepReport, judge, settle_dtype
 from fourscore.train.prior import label_prior_loss
@@ -65,7 +65,7 @@ def train(
     held_out = render_examples(model.tokenizer, validation_rows)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        with fused_lora(model.network):
+        with fused(model.network):
             return _Run(model, examples, held_out, settings, seed, out).go()
 
 
@@ -238,7 +238,7 @@ def probe(model: Model, rows: Sequence[Row], settings: spec.Train) -> Probe:
     weights = optimiser.weights()
     judge(model.network, optimiser.loss, [examples[longest[-1]]])  # first-use costs of the kernels are not a step's
     began = time.monotonic()
-    with fused_lora(model.network):
+    with fused(model.network):
         report = optimiser.step(0, micro_batches(chosen, [len(e.ids) for e in examples]), examples)
     seconds = time.monotonic() - began
     peak = peak_rss_bytes()
