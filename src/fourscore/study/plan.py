@@ -22,7 +22,7 @@ from fourscore.spec import Study
 from fourscore.study import environment
 
 PROBE_ITEMS = 8  # items a task: enough for a speed, seconds to run
-FLOOR_ITEMS = 200  # items a task of the A/A floor: enough to see a drift between the engine's two paths
+FLOOR_ITEMS = 50  # items a task of the A/A floor: its path shares no context, so an item costs as much as ten packed ones
 SECONDS_A_YEAR = 365.25 * 24 * 3600
 GUESSED_DISCORDANCE = 0.2  # share of items on which two arms differ, before anything is measured
 
