@@ -130,43 +130,117 @@ static inline void store_rounded(const float* values, const float* bias, i64 n, 
     for (; i < n; ++i) store_one(out, i, type, bias ? values[i] + bias[i] : values[i]);
 }
 
-static inline void add_up4(const __m512* a, float* c, bool add) {
-    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
-    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
-    __m512 s = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+// Lane sums, always in one order: lanes 0 + 2 and 1 + 3 of each quarter, the two of them, quarters 0 + 2 and 1 + 3, the two of
+// them. Sixteen sums at once share the shuffles; four at a time for what is left.
+static inline __m512 halves(__m512 a, __m512 b) {
+    __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_mask_blend_pd(0xaa, x, y)), _mm512_castpd_ps(_mm512_shuffle_pd(x, y, 0x55)));
+}
+static inline __m512 quarters_of4(const __m512* a) {
+    __m512 ab = halves(a[0], a[1]), cd = halves(a[2], a[3]);
+    return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x88), _mm512_shuffle_ps(ab, cd, 0xdd));
+}
+static inline void add_up4(const __m512* a, float* out) {
+    __m512 s = quarters_of4(a);
     __m256 t = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
-    __m128 u = _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
-    _mm_storeu_ps(c, add ? _mm_add_ps(_mm_loadu_ps(c), u) : u);
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
+}
+static inline __m512 opposite_quarters(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e));
+}
+static inline void add_up16(const __m512 (*a)[4], float* out) {
+    __m512 s = opposite_quarters(quarters_of4(a[0]), quarters_of4(a[1]));
+    __m512 t = opposite_quarters(quarters_of4(a[2]), quarters_of4(a[3]));
+    _mm512_storeu_ps(out, _mm512_add_ps(_mm512_shuffle_f32x4(s, t, 0x88), _mm512_shuffle_f32x4(s, t, 0xdd)));
+}
+// The double quantisation undone; product and sum rounded one by one. First the table's values are copied, with plain loads and
+// stores (a gather costs more, and these run beside the vector units; the empty asm keeps the compiler from making one), then
+// scaled: by then the first stores have left the store queue.
+static inline void scales_of(const Weight& w, i64 first, i64 count, float* out) {
+    if (w.scales) {
+        std::memcpy(out, w.scales + first, static_cast<std::size_t>(count) * sizeof(float));
+        return;
+    }
+    const u8* codes = w.codes + first;
+#pragma GCC unroll 8
+    for (i64 i = 0; i < count; ++i) {
+        u32 value = bits_of(w.nested_code[codes[i]]);
+        asm("" : "+r"(value));
+        std::memcpy(out + i, &value, 4);
+    }
+    const __m512 offset = _mm512_set1_ps(w.nested_offset);
+    for (i64 i = 0; i < count;) {
+        i64 nested = (first + i) / w.nested_block, end = least(count, (nested + 1) * w.nested_block - first);
+        const __m512 absmax = _mm512_set1_ps(w.nested_absmax[nested]);
+        for (; i + 16 <= end; i += 16)
+            _mm512_storeu_ps(out + i, _mm512_add_ps(_mm512_mul_ps(_mm512_loadu_ps(out + i), absmax), offset));
+        if (i < end) {
+            __mmask16 here = static_cast<__mmask16>((1u << least(16, end - i)) - 1);
+            __m512 value = _mm512_mul_ps(_mm512_maskz_loadu_ps(here, out + i), absmax);
+            _mm512_mask_storeu_ps(out + i, here, _mm512_add_ps(value, offset));
+        }
+        i = end;
+    }
+}
+
+// 4 or 8 outputs, finished.
+template <int N>
+static inline void store_few(const float* values, const float* bias, void* out, Float type) {
+    constexpr __mmask16 here = (1u << N) - 1;
+    __m512 v = _mm512_maskz_loadu_ps(here, values);
+    if (bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(here, bias));
+    if (type == Float::f32)
+        _mm512_mask_storeu_ps(out, here, v);
+    else
+        _mm256_mask_storeu_epi16(out, here, half_16(v, type));
 }
 
 // Products in f32: f32 inputs on any AVX-512 machine, and bf16 or f16 inputs (weights rounded to that type first).
 struct F32Ops {
+    using Few = F32Ops;
     using E = float;
     using Vec = __m512;
     using Acc = __m512;
-    static constexpr int kWidth = 16, kLanes = 16, kRows = 6, kStep = 1;
+    static constexpr int kWidth = 16, kLanes = 16, kPer = 1, kRows = 6, kFewRows = 4;
     static constexpr i64 kChunkUnits = 8;
 
     static Vec load(const E* p) { return _mm512_loadu_ps(p); }
+    static Vec load_x(const E* p) { return load(p); }
     static void store(E* p, Vec v) { _mm512_storeu_ps(p, v); }
     static Acc zero() { return _mm512_setzero_ps(); }
     static Acc fma(Acc a, Vec x, Vec w) { return _mm512_fmadd_ps(x, w, a); }
     static Acc load_acc(const float* p) { return _mm512_loadu_ps(p); }
     static void store_acc(float* p, Acc a) { _mm512_storeu_ps(p, a); }
     static Vec spread(const E* d, i64 s) { return _mm512_set1_ps(d[s]); }
-    static void sum4(const Acc* a, float* c, bool add) { add_up4(a, c, add); }
+    template <int R, int J>
+    static void sums(const Acc (&a)[R][J], float* out) {
+        int i = 0;
+        if constexpr (J == 4)
+            for (; i + 4 <= R; i += 4) add_up16(a + i, out + i * 4);
+        for (; i < R; ++i)
+            for (int j = 0; j < J; j += 4) add_up4(a[i] + j, out + i * J + j);
+    }
+    static void scales(const Weight& w, i64 first, i64 count, float* out) { scales_of(w, first, count, out); }
+    template <int N>
+    static void store_outputs(const float* v, const float* bias, void* out, Float type) {
+        store_few<N>(v, bias, out, type);
+    }
 
     using Table = __m512;
-    static Table table(float scale, Float round) { return round16(_mm512_mul_ps(values(), _mm512_set1_ps(scale)), round); }
+    static Table table(const float* scale, Float round) { return round16(_mm512_mul_ps(values(), _mm512_set1_ps(*scale)), round); }
     // Groups of 32: the 16 codes with even k (high nibbles), then the 16 with odd k.
-    static void decode(const u8* bytes, Table t, Vec* out) {
+    static void decode(const u8* const* rows, Table t, Vec* out) {
         for (int g = 0; g < 2; ++g) {
-            __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + 16 * g)));
+            __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[0] + 16 * g)));
             out[2 * g] = _mm512_permutexvar_ps(_mm512_srli_epi32(b, 4), t);
             out[2 * g + 1] = _mm512_permutexvar_ps(b, t);
         }
     }
-    static void permute_from(const void* x, Float type, E* out) {
+    static void decode2(const u8* const* rows, const float* scale, Float round, Vec* first, Vec* second) {
+        decode(rows, table(scale, round), first);
+        decode(rows + 1, table(scale + 1, round), second);
+    }
+    static void lay_out(const void* x, Float type, E* out) {
         const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
         const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
         for (int g = 0; g < 2; ++g) {
@@ -175,19 +249,21 @@ struct F32Ops {
             store(out + 32 * g + 16, _mm512_permutex2var_ps(a, odd, b));
         }
     }
-    static void permute(const float* natural, E* out) { permute_from(natural, Float::f32, out); }
-    static void unpermute(const float* c, float* natural) {
+    static void place(const float (*natural)[kUnit], Vec* out) {
+        float ordered[kUnit];
+        lay_out(natural[0], Float::f32, ordered);
+        for (int i = 0; i < 4; ++i) out[i] = load(ordered + 16 * i);
+    }
+    static void natural(const float* c, float* out) {
         const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
         const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
         for (int g = 0; g < 2; ++g) {
             __m512 even = load(c + 32 * g), odd = load(c + 32 * g + 16);
-            store(natural + 32 * g, _mm512_permutex2var_ps(even, first, odd));
-            store(natural + 32 * g + 16, _mm512_permutex2var_ps(even, second, odd));
+            store(out + 32 * g, _mm512_permutex2var_ps(even, first, odd));
+            store(out + 32 * g + 16, _mm512_permutex2var_ps(even, second, odd));
         }
     }
-    static void interleave(const E* row, const E*, Vec* out) {
-        for (int i = 0; i < 4; ++i) out[i] = load(row + 16 * i);
-    }
+    static Vec columns(Vec v) { return v; }
     static void convert(const void* x, Float type, i64 n, i64 padded, E* out) {
         i64 i = 0;
         for (; i + 16 <= n; i += 16) store(out + i, load16(x, i, type));

@@ -92,11 +92,13 @@ struct Codec : PlainCodec {
 struct Ops {
     using E = float;
     using Vec = __m256;
+    using Few = Ops;
     using Acc = __m256;
-    static constexpr int kWidth = 8, kLanes = 8, kRows = 3, kStep = 1;
+    static constexpr int kWidth = 8, kLanes = 8, kPer = 1, kRows = 3, kFewRows = 3;
     static constexpr i64 kChunkUnits = 8;
 
     static Vec load(const E* p) { return _mm256_loadu_ps(p); }
+    static Vec load_x(const E* p) { return load(p); }
     static void store(E* p, Vec v) { _mm256_storeu_ps(p, v); }
     static Acc zero() { return _mm256_setzero_ps(); }
     static Acc fma(Acc a, Vec x, Vec w) { return _mm256_fmadd_ps(x, w, a); }
@@ -104,19 +106,31 @@ struct Ops {
     static void store_acc(float* p, Acc a) { _mm256_storeu_ps(p, a); }
     static Vec spread(const E* d, i64 s) { return _mm256_broadcast_ss(d + s); }
 
-    static void sum4(const Acc* a, float* c, bool add) {
+    static void sum4(const Acc* a, float* out) {
         __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a[0], a[1]), _mm256_unpackhi_ps(a[0], a[1]));
         __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(a[2], a[3]), _mm256_unpackhi_ps(a[2], a[3]));
         __m256 s = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
         __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
-        _mm_storeu_ps(c, add ? _mm_add_ps(_mm_loadu_ps(c), t) : t);
+        _mm_storeu_ps(out, t);
+    }
+    template <int R, int J>
+    static void sums(const Acc (&a)[R][J], float* out) {
+        for (int i = 0; i < R; ++i)
+            for (int j = 0; j < J; j += 4) sum4(a[i] + j, out + i * J + j);
+    }
+    static void scales(const Weight& w, i64 first, i64 count, float* out) {
+        for (i64 i = 0; i < count; ++i) out[i] = scale_of(w, first + i);
+    }
+    template <int N>
+    static void store_outputs(const float* v, const float* bias, void* out, Float type) {
+        store_row(v, bias, N, out, type);
     }
 
     struct Table {
         __m256 low, high;
     };
-    static Table table(float scale, Float round) {
-        __m256 s = _mm256_set1_ps(scale);
+    static Table table(const float* scale, Float round) {
+        __m256 s = _mm256_set1_ps(*scale);
         return {round8(_mm256_mul_ps(_mm256_loadu_ps(kValues), s), round), round8(_mm256_mul_ps(_mm256_loadu_ps(kValues + 8), s), round)};
     }
     static __m256 look_up(__m256i index, const Table& t) {
@@ -124,33 +138,39 @@ struct Ops {
         return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, index), _mm256_permutevar8x32_ps(t.high, index), upper);
     }
     // Groups of 16: the 8 codes with even k (high nibbles), then the 8 with odd k.
-    static void decode(const u8* bytes, const Table& t, Vec* out) {
+    static void decode(const u8* const* rows, const Table& t, Vec* out) {
         for (int g = 0; g < 4; ++g) {
-            __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + 8 * g)));
+            __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(rows[0] + 8 * g)));
             out[2 * g] = look_up(_mm256_srli_epi32(b, 4), t);
             out[2 * g + 1] = look_up(b, t);
         }
+    }
+    static void decode2(const u8* const* rows, const float* scale, Float round, Vec* first, Vec* second) {
+        decode(rows, table(scale, round), first);
+        decode(rows + 1, table(scale + 1, round), second);
     }
     static void split(__m256 a, __m256 b, E* out) {
         __m256 even = _mm256_shuffle_ps(a, b, 0x88), odd = _mm256_shuffle_ps(a, b, 0xdd);
         store(out, _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xd8)));
         store(out + 8, _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(odd), 0xd8)));
     }
-    static void permute_from(const void* x, Float type, E* out) {
+    static void lay_out(const void* x, Float type, E* out) {
         for (int g = 0; g < 4; ++g) split(load8(x, 16 * g, type), load8(x, 16 * g + 8, type), out + 16 * g);
     }
-    static void permute(const float* natural, E* out) { permute_from(natural, Float::f32, out); }
-    static void unpermute(const float* c, float* natural) {
+    static void place(const float (*natural)[kUnit], Vec* out) {
+        float ordered[kUnit];
+        lay_out(natural[0], Float::f32, ordered);
+        for (int i = 0; i < 8; ++i) out[i] = load(ordered + 8 * i);
+    }
+    static void natural(const float* c, float* out) {
         for (int g = 0; g < 4; ++g) {
             __m256 even = load(c + 16 * g), odd = load(c + 16 * g + 8);
             __m256 a = _mm256_unpacklo_ps(even, odd), b = _mm256_unpackhi_ps(even, odd);
-            store(natural + 16 * g, _mm256_permute2f128_ps(a, b, 0x20));
-            store(natural + 16 * g + 8, _mm256_permute2f128_ps(a, b, 0x31));
+            store(out + 16 * g, _mm256_permute2f128_ps(a, b, 0x20));
+            store(out + 16 * g + 8, _mm256_permute2f128_ps(a, b, 0x31));
         }
     }
-    static void interleave(const E* row, const E*, Vec* out) {
-        for (int i = 0; i < 8; ++i) out[i] = load(row + 8 * i);
-    }
+    static Vec columns(Vec v) { return v; }
     static void convert(const void* x, Float type, i64 n, i64 padded, E* out) {
         i64 i = 0;
         for (; i + 8 <= n; i += 8) store(out + i, load8(x, i, type));

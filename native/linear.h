@@ -1,124 +1,182 @@
 // y = x W^T + bias and dx = dy W, W packed. Templates over a backend's Ops:
 //
-//   E, Vec, Acc        element, a vector of kWidth elements, a vector of kLanes f32 sums
-//   kRows              rows of x a register tile holds (beside 4 outputs)
-//   kChunkUnits        units of k that one f32 sum covers before it is added to the result (one chunk of 6 + 4 rows fits L1)
-//   kStep              rows of W in one step of backward's product (2: bf16 pairs)
-//   load zero fma sum4 dot product: fma(acc, x, w) over k; sum4 adds up 4 sums' lanes in a fixed order
-//   table decode       a scale's 16 values; 32 packed bytes -> the Vecs of a unit
-//   permute unpermute  natural order of a unit <-> the order decode gives (even k first, then odd k, group by group)
-//   interleave         two rows of a unit -> kStep-row vectors; spread(dy, s): element(s) of step s in every lane
+//   E, Vec, Acc       element, a vector of kWidth elements, a vector of kLanes f32 sums
+//   kPer              rows of W that share a vector (2 for bf16: half a vector each; backward multiplies them as pairs)
+//   kRows             rows of x in a register tile (beside 4 vectors of W)
+//   Few               the Ops (kPer = 1, same order of sums) and kFewRows: for so few rows W is decoded on the way
+//   kChunkUnits       units of k that one f32 sum covers before it is added to the result (a register tile's rows fit L1)
+//   load load_x zero fma sums   dot product over k; sums<R, J> adds up the lanes of R x J sums, in a fixed order
+//   scales table decode         of neighbouring blocks; the values a code can have; packed bytes -> vectors of a unit
+//   decode2                     the same for two rows (Few)
+//   place lay_out natural       a unit from natural order to the order of `decode`, for W (kPer rows) and x; and back
+//   columns spread              vectors of W and dy for backward, whose lanes run along k
 //
 // Order of summation, which makes rows batch-invariant: an output's sum runs over k in chunks whose size depends on K alone;
-// in a chunk over vectors in turn, lane by lane; then lanes in sum4's tree; then chunks in turn; then the bias. Nothing in
-// this depends on the number of rows, of threads, or on which path (packed nibbles or a decoded tile) was taken.
+// in a chunk over vectors in turn, lane by lane; then over lanes in a fixed tree; then chunks in turn; then the bias. Nothing
+// in this depends on the number of rows, of threads, or on which path (packed nibbles or a decoded tile) was taken.
 #pragma once
 
 #include "portable.h"
 
 namespace fourscore::FOURSCORE_ISA {
 
-constexpr i64 kTileOutputs = 48;  // outputs decoded at a time (a multiple of 4): x is read from memory once for each tile
+constexpr i64 kTileOutputs = 48;  // outputs decoded at a time: x is read from beyond L2 once for each tile
 constexpr i64 kBlockRows = 512;   // rows of x laid out at a time
 constexpr i64 kBackUnits = 2;     // units of k in a tile of backward: a whole cache line of packed codes
-constexpr i64 kBackSteps = 512;   // steps (kStep rows of W) in a tile of backward
+constexpr i64 kBackSteps = 512;   // steps (kPer rows of W) in a tile of backward
+
+template <class O>
+constexpr int kVectors = kUnit * O::kPer / O::kWidth;  // vectors a unit of kPer rows takes
 
 // Can units be decoded straight from memory? Otherwise they go through plain_unit.
 static inline bool aligned_units(const Weight& w) { return w.cols % kUnit == 0 && w.block % kUnit == 0; }
 
-static inline void unit_scales(const Weight& w, i64 row, i64 unit, i64 count, float* out) {
-    i64 flat = row * w.cols + unit * kUnit;
-    i64 first = flat / kUnit, per_block = w.block / kUnit;
-    if (w.scales) {
-        for (i64 i = 0; i < count; ++i) out[i] = w.scales[(first + i) / per_block];
-        return;
-    }
-    for (i64 i = 0; i < count; ++i) {
-        i64 b = per_block == 1 ? first + i : (first + i) / per_block;
-        out[i] = w.nested_code[w.codes[b]] * w.nested_absmax[w.nested_block == 256 ? b >> 8 : b / w.nested_block] + w.nested_offset;
-    }
+template <class O>
+inline void unit_scales(const Weight& w, i64 row, i64 unit, i64 count, float* out) {
+    i64 first = (row * w.cols) / kUnit + unit, per_block = w.block / kUnit;
+    if (per_block == 1) return O::scales(w, first, count, out);
+    for (i64 i = 0; i < count; ++i) out[i] = scale_of(w, (first + i) / per_block);
 }
 
-// Units [unit, unit + count) of row `row`, in the backend's order. Rows beyond the weight are zero.
-template <class O>
-void decode_units(const Weight& w, i64 row, i64 unit, i64 count, Float round, typename O::E* out) {
-    if (row >= w.rows) {
-        std::memset(out, 0, static_cast<std::size_t>(count * kUnit) * sizeof(typename O::E));
-    } else if (aligned_units(w)) {
-        float scales[64];
-        for (i64 done = 0; done < count; done += 64) {
-            i64 now = least(64, count - done);
-            unit_scales(w, row, unit + done, now, scales);
-            const u8* bytes = w.packed + (row * w.cols + (unit + done) * kUnit) / 2;
-            for (i64 u = 0; u < now; ++u) {
-                typename O::Vec v[kUnit / O::kWidth];
-                O::decode(bytes + u * 32, O::table(scales[u], round), v);
-                for (int h = 0; h < kUnit / O::kWidth; ++h) O::store(out + (done + u) * kUnit + h * O::kWidth, v[h]);
-            }
+// kPer rows on their way to being decoded: where their bytes are, and the scales of their units.
+template <class O, int Units>
+struct Packed {
+    const u8* bytes[O::kPer];
+    float scales[O::kPer][Units];
+
+    // rows: row, row + apart; past the last row: the last row again, whose products nobody uses.
+    void point(const Weight& w, i64 row, i64 apart, i64 unit, i64 count) {
+        for (int r = 0; r < O::kPer; ++r) {
+            i64 n = least(row + r * apart, w.rows - 1);
+            bytes[r] = w.packed + (n * w.cols + unit * kUnit) / 2;
+            unit_scales<O>(w, n, unit, count, scales[r]);
+        }
+    }
+    void decode(i64 u, Float round, typename O::Vec* out) const {
+        float s[O::kPer];
+        const u8* b[O::kPer];
+        for (int r = 0; r < O::kPer; ++r) s[r] = scales[r][u], b[r] = bytes[r] + u * 32;
+        O::decode(b, O::table(s, round), out);
+    }
+};
+
+// Calls f(u, vectors) for `count` units from `unit` on of rows row and row + apart.
+template <class O, class F>
+inline void decode_units(const Weight& w, i64 row, i64 apart, i64 unit, i64 count, Float round, F&& f) {
+    typename O::Vec v[kVectors<O>];
+    if (aligned_units(w)) {
+        Packed<O, O::kChunkUnits> packed;
+        packed.point(w, row, apart, unit, count);
+        for (i64 u = 0; u < count; ++u) {
+            packed.decode(u, round, v);
+            f(u, v);
         }
     } else {
         for (i64 u = 0; u < count; ++u) {
-            float natural[kUnit];
-            plain_unit(w, row, (unit + u) * kUnit, round, natural);
-            O::permute(natural, out + u * kUnit);
+            float natural[O::kPer][kUnit];
+            for (int r = 0; r < O::kPer; ++r)
+                plain_unit(w, least(row + r * apart, w.rows - 1), (unit + u) * kUnit, round, natural[r]);
+            O::place(natural, v);
+            f(u, v);
         }
     }
 }
 
-// Rows of x in the backend's element type and order, padded with zeros to whole units.
+// A row of x in the backend's element type and order, padded with zeros to whole units.
 template <class O>
 void lay_out_row(const void* x, Float type, i64 cols, typename O::E* out) {
     i64 whole = cols / kUnit;
-    for (i64 u = 0; u < whole; ++u) O::permute_from(at(x, u * kUnit, type), type, out + u * kUnit);
+    for (i64 u = 0; u < whole; ++u) O::lay_out(at(x, u * kUnit, type), type, out + u * kUnit);
     if (cols % kUnit) {
-        float natural[kUnit] = {};
-        for (i64 i = whole * kUnit; i < cols; ++i) natural[i - whole * kUnit] = load_one(x, i, type);
-        O::permute(natural, out + whole * kUnit);
+        alignas(64) u32 padded[kUnit] = {};  // bytes, enough for either width
+        std::memcpy(padded, at(x, whole * kUnit, type), static_cast<std::size_t>(cols % kUnit * width(type)));
+        O::lay_out(padded, type, out + whole * kUnit);
     }
 }
 
-// c[i][0..4) (+)= x rows times 4 rows of a decoded tile.
+// Where the sums of R rows by some outputs go. Unfinished ones wait in c, together; finished ones go to y.
+struct Destination {
+    void* y;
+    i64 y_stride, outputs;
+    const float* bias;
+    Float type;
+};
+
+template <class O, int R, int kOutputs>
+inline void finish(float* sums, float* c, bool first, bool last, const Destination& d) {
+    if (!first)
+        for (int i = 0; i < R * kOutputs; ++i) sums[i] = c[i] + sums[i];
+    if (!last) {
+        std::memcpy(c, sums, R * kOutputs * sizeof(float));
+    } else if (d.outputs >= kOutputs) {
+        for (int i = 0; i < R; ++i) O::template store_outputs<kOutputs>(sums + i * kOutputs, d.bias, at(d.y, i * d.y_stride, d.type), d.type);
+    } else {
+        for (int i = 0; i < R; ++i) O::store_row(sums + i * kOutputs, d.bias, d.outputs, at(d.y, i * d.y_stride, d.type), d.type);
+    }
+}
+
+// sums = R rows of x times 4 vectors' rows of a decoded tile [4][vectors][kWidth].
 template <class O, int R>
-inline void dot_tile(const typename O::E* x, i64 x_stride, const typename O::E* w, i64 w_stride, i64 vectors, float* c,
-                     i64 c_stride, bool add) {
+inline void dot_tile(const typename O::E* x, i64 x_stride, const typename O::E* w, i64 vectors, float* sums) {
     typename O::Acc acc[R][4];
     for (int i = 0; i < R; ++i)
         for (int j = 0; j < 4; ++j) acc[i][j] = O::zero();
     for (i64 v = 0; v < vectors; ++v) {
         typename O::Vec wv[4];
-        for (int j = 0; j < 4; ++j) wv[j] = O::load(w + j * w_stride + v * O::kWidth);
+        for (int j = 0; j < 4; ++j) wv[j] = O::load(w + (j * vectors + v) * O::kWidth);
         for (int i = 0; i < R; ++i) {
-            typename O::Vec xv = O::load(x + i * x_stride + v * O::kWidth);
+            typename O::Vec xv = O::load_x(x + i * x_stride + v * (O::kWidth / O::kPer));
             for (int j = 0; j < 4; ++j) acc[i][j] = O::fma(acc[i][j], xv, wv[j]);
         }
     }
-    for (int i = 0; i < R; ++i) O::sum4(acc[i], c + i * c_stride, add);
+    O::template sums<R, 4>(acc, sums);
 }
 
-// The same product for rows of W that are decoded on the way: c[i][0..4) for outputs n .. n + 3 (at most `rows` - 1).
-template <class O, int R>
-inline void dot_packed(const Weight& w, Float round, i64 n, const typename O::E* x, i64 x_stride, i64 units, i64 chunk, float* c) {
+// The same product for outputs n .. n + J - 1, decoded on the way. Past the last row: the last again, whose sums nobody uses.
+template <class O, int R, int J>
+inline void dot_packed(const Weight& w, Float round, i64 n, const typename O::E* x, i64 x_stride, i64 units, i64 chunk,
+                       const Destination& d) {
+    static_assert(O::kPer == 1);
+    alignas(64) float sums[R * J], c[R * J];
+    i64 here = least(J, w.rows - n);
+    float* scales = static_cast<float*>(scratch(1, static_cast<std::size_t>(here * units) * sizeof(float)));
+    unit_scales<O>(w, n, 0, here * units, scales);  // the rows' units follow each other
+    const float* scale[J];
+    const u8* bytes[J];
+    for (int j = 0; j < J; ++j) {
+        scale[j] = scales + least(j, here - 1) * units;
+        bytes[j] = w.packed + (n + least(j, here - 1)) * w.cols / 2;
+    }
     for (i64 u0 = 0; u0 < units; u0 += chunk) {
-        i64 count = least(chunk, units - u0);
-        const u8* bytes[4];
-        float scales[4][O::kChunkUnits];
-        for (int j = 0; j < 4; ++j) {
-            i64 row = least(n + j, w.rows - 1);
-            bytes[j] = w.packed + (row * w.cols + u0 * kUnit) / 2;
-            unit_scales(w, row, u0, count, scales[j]);
-        }
-        typename O::Acc acc[R][4];
+        i64 end = least(units, u0 + chunk);
+        typename O::Acc acc[R][J];
         for (int i = 0; i < R; ++i)
-            for (int j = 0; j < 4; ++j) acc[i][j] = O::zero();
-        const typename O::E* xu = x + u0 * kUnit;
-        for (i64 u = 0; u < count; ++u, xu += kUnit)
-            for (int j = 0; j < 4; ++j) {
-                typename O::Vec v[kUnit / O::kWidth];
-                O::decode(bytes[j] + u * 32, O::table(scales[j][u], round), v);
-                for (int h = 0; h < kUnit / O::kWidth; ++h)
-                    for (int i = 0; i < R; ++i) acc[i][j] = O::fma(acc[i][j], O::load(xu + i * x_stride + h * O::kWidth), v[h]);
+            for (int j = 0; j < J; ++j) acc[i][j] = O::zero();
+        for (i64 u = u0; u < end; ++u) {
+            const typename O::E* xu = x + u * kUnit;
+            // A few rows of W at a time, so that additions to one sum do not follow each other.
+            constexpr int kTogether = R == 1 ? 8 : R == 2 ? 4 : 2;
+#pragma GCC unroll 8
+            for (int j0 = 0; j0 < J; j0 += kTogether) {
+                typename O::Vec v[kTogether][kVectors<O>];
+#pragma GCC unroll 8
+                for (int j = 0; j < kTogether; j += 2) {
+                    const u8* b[2] = {bytes[j0 + j] + u * 32, bytes[j0 + j + 1] + u * 32};
+                    const float s[2] = {scale[j0 + j][u], scale[j0 + j + 1][u]};
+                    O::decode2(b, s, round, v[j], v[j + 1]);
+                }
+#pragma GCC unroll 16
+                for (int h = 0; h < kVectors<O>; ++h)
+#pragma GCC unroll 8
+                    for (int i = 0; i < R; ++i) {
+                        typename O::Vec xv = O::load_x(xu + i * x_stride + h * O::kWidth);
+#pragma GCC unroll 8
+                        for (int j = 0; j < kTogether; ++j) acc[i][j0 + j] = O::fma(acc[i][j0 + j], xv, v[j][h]);
+                    }
             }
-        for (int i = 0; i < R; ++i) O::sum4(acc[i], c + i * 4, u0 > 0);
+        }
+        O::template sums<R, J>(acc, sums);
+        finish<O, R, J>(sums, c, u0 == 0, end == units, d);
     }
 }
 
@@ -137,79 +195,94 @@ static inline int useful_threads(int threads, i64 rows, const Weight& w) {
     return static_cast<int>(least(threads, 1 + work / (i64{1} << 21)));
 }
 
+constexpr i64 kRowsATask = 16;  // rows of x laid out by a task
+
+template <class O>
+struct Forward {
+    using E = typename O::E;
+    static constexpr int kOutputs = 4 * O::kPer;
+    const Weight& w;
+    const void* x;
+    i64 rows, x_stride;
+    Float type;
+    const float* bias;
+    void* y;
+    E* laid_out;
+    i64 units, chunk, tile;
+
+    Destination destination(i64 row, i64 n, i64 end) const {
+        return {at(y, row * w.rows + n, type), w.rows, end - n, bias ? bias + n : nullptr, type};
+    }
+
+    static void lay_out(void* p, i64 task) {
+        Forward& f = *static_cast<Forward*>(p);
+        for (i64 i = task * kRowsATask; i < least(f.rows, (task + 1) * kRowsATask); ++i)
+            lay_out_row<O>(at(f.x, i * f.x_stride, f.type), f.type, f.w.cols, f.laid_out + i * f.units * kUnit);
+    }
+
+    static void few_rows(void* p, i64 task) {
+        Forward& f = *static_cast<Forward*>(p);
+        i64 end = least(f.w.rows, (task + 1) * f.tile);
+        with_rows<O::kFewRows>(f.rows, [&]<int R>() {
+            constexpr int J = R <= 2 ? 8 : 4;  // enough sums at a time to hide an addition's latency
+            for (i64 n = task * f.tile; n < end; n += J)
+                dot_packed<typename O::Few, R, J>(f.w, f.type, n, f.laid_out, f.units * kUnit, f.units, f.chunk, f.destination(0, n, end));
+        });
+    }
+
+    static void many_rows(void* p, i64 task) {
+        Forward& f = *static_cast<Forward*>(p);
+        i64 n0 = task * f.tile, end = least(f.w.rows, n0 + f.tile), groups = ceil_div(end - n0, kOutputs);
+        i64 x_stride = f.units * kUnit;
+        E* tile = static_cast<E*>(scratch(1, static_cast<std::size_t>(groups * kOutputs * f.chunk * kUnit) * sizeof(E)));
+        // Unfinished sums, as the register tiles leave them.
+        float* c = static_cast<float*>(scratch(2, static_cast<std::size_t>((f.rows + O::kRows) * groups * kOutputs) * sizeof(float)));
+        for (i64 u0 = 0; u0 < f.units; u0 += f.chunk) {
+            i64 count = least(f.chunk, f.units - u0), vectors = count * kVectors<O>;
+            for (i64 g = 0; g < groups; ++g)
+                for (i64 j = 0; j < 4; ++j) {
+                    E* to = tile + (g * 4 + j) * vectors * O::kWidth;
+                    decode_units<O>(f.w, n0 + g * kOutputs + j, 4, u0, count, f.type, [&](i64 u, const typename O::Vec* v) {
+                        for (int h = 0; h < kVectors<O>; ++h) O::store(to + (u * kVectors<O> + h) * O::kWidth, v[h]);
+                    });
+                }
+            for (i64 i = 0; i < f.rows; i += O::kRows)
+                with_rows<O::kRows>(least(O::kRows, f.rows - i), [&]<int R>() {
+                    for (i64 g = 0; g < groups; ++g) {
+                        alignas(64) float sums[R * kOutputs];
+                        dot_tile<O, R>(f.laid_out + i * x_stride + u0 * kUnit, x_stride, tile + g * 4 * vectors * O::kWidth, vectors, sums);
+                        finish<O, R, kOutputs>(sums, c + (i * groups + g * O::kRows) * kOutputs, u0 == 0, u0 + count == f.units,
+                                     f.destination(i, n0 + g * kOutputs, end));
+                    }
+                });
+        }
+    }
+};
+
 template <class O>
 void forward(const Weight& w, const void* x, i64 m, i64 x_stride, Float type, const float* bias, void* y, int threads) {
-    using E = typename O::E;
-    struct Job {
-        const Weight& w;
-        const void* x;
-        i64 rows, x_stride;
-        Float type;
-        const float* bias;
-        void* y;
-        E* xs;
-        i64 units, chunk, tile, tiles;
-    };
-    i64 units = ceil_div(w.cols, kUnit);
-    i64 chunk = ceil_div(units, ceil_div(units, O::kChunkUnits));
+    constexpr i64 kOutputs = 4 * O::kPer;
+    i64 units = ceil_div(w.cols, kUnit), chunk = ceil_div(units, ceil_div(units, O::kChunkUnits));
     threads = useful_threads(threads, m, w);
-    // A multiple of 4 outputs a tile, and some tiles for each thread to share.
-    i64 tile = kTileOutputs;
-    if (w.rows < kTileOutputs * 2 * threads) tile = most(4, ceil_div(ceil_div(w.rows, 2 * threads), 4) * 4);
+    // Some tiles for each thread, so that they can share; whole register tiles.
+    i64 tile = least(kTileOutputs, most(1, ceil_div(ceil_div(w.rows, kOutputs), 2 * threads)) * kOutputs);
     for (i64 m0 = 0; m0 < m; m0 += kBlockRows) {
         i64 rows = least(kBlockRows, m - m0);
-        Job job{w,    at(x, m0 * x_stride, type), rows,  x_stride, type, bias, at(y, m0 * w.rows, type), nullptr,
-                units, chunk, tile,  ceil_div(w.rows, tile)};
-        job.xs = static_cast<E*>(scratch(0, static_cast<std::size_t>(rows * units * kUnit) * sizeof(E)));
-        constexpr i64 kRowsATask = 16;
-        run(
-            threads, ceil_div(rows, kRowsATask),
-            [](void* p, i64 task) {
-                Job& j = *static_cast<Job*>(p);
-                for (i64 i = task * kRowsATask; i < least(j.rows, (task + 1) * kRowsATask); ++i)
-                    lay_out_row<O>(at(j.x, i * j.x_stride, j.type), j.type, j.w.cols, j.xs + i * j.units * kUnit);
-            },
-            &job);
-        if (rows <= O::kRows && aligned_units(w)) {
-            run(
-                threads, job.tiles,
-                [](void* p, i64 task) {
-                    Job& j = *static_cast<Job*>(p);
-                    i64 end = least(j.w.rows, (task + 1) * j.tile);
-                    for (i64 n = task * j.tile; n < end; n += 4) {
-                        float c[O::kRows * 4];
-                        with_rows<O::kRows>(j.rows, [&]<int R>() {
-                            dot_packed<O, R>(j.w, j.type, n, j.xs, j.units * kUnit, j.units, j.chunk, c);
-                        });
-                        for (i64 i = 0; i < j.rows; ++i)
-                            O::store_row(c + i * 4, j.bias ? j.bias + n : nullptr, least(4, end - n), at(j.y, i * j.w.rows + n, j.type), j.type);
-                    }
-                },
-                &job);
-            continue;
-        }
-        run(
-            threads, job.tiles,
-            [](void* p, i64 task) {
-                Job& j = *static_cast<Job*>(p);
-                i64 n0 = task * j.tile, outputs = least(j.tile, j.w.rows - n0), padded = ceil_div(outputs, 4) * 4;
-                E* tile = static_cast<E*>(scratch(1, static_cast<std::size_t>(padded * j.chunk * kUnit) * sizeof(E)));
-                float* c = static_cast<float*>(scratch(2, static_cast<std::size_t>(j.rows * padded) * sizeof(float)));
-                i64 x_stride = j.units * kUnit;
-                for (i64 u0 = 0; u0 < j.units; u0 += j.chunk) {
-                    i64 count = least(j.chunk, j.units - u0), stride = count * kUnit;
-                    for (i64 n = 0; n < padded; ++n) decode_units<O>(j.w, n0 + n, u0, count, j.type, tile + n * stride);
-                    for (i64 i = 0; i < j.rows; i += O::kRows)
-                        with_rows<O::kRows>(least(O::kRows, j.rows - i), [&]<int R>() {
-                            for (i64 n = 0; n < padded; n += 4)
-                                dot_tile<O, R>(j.xs + i * x_stride + u0 * kUnit, x_stride, tile + n * stride, stride,
-                                               stride / O::kWidth, c + i * padded + n, padded, u0 > 0);
-                        });
-                }
-                for (i64 i = 0; i < j.rows; ++i)
-                    O::store_row(c + i * padded, j.bias ? j.bias + n0 : nullptr, outputs, at(j.y, i * j.w.rows + n0, j.type), j.type);
-            },
-            &job);
+        void* laid_out = scratch(0, static_cast<std::size_t>(rows * units * kUnit) * sizeof(typename O::E));
+        Forward<O> f{w,
+                     at(x, m0 * x_stride, type),
+                     rows,
+                     x_stride,
+                     type,
+                     bias,
+                     at(y, m0 * w.rows, type),
+                     static_cast<typename O::E*>(laid_out),
+                     units,
+                     chunk,
+                     tile};
+        run(threads, ceil_div(rows, kRowsATask), Forward<O>::lay_out, &f);
+        bool few = rows <= O::kFewRows && aligned_units(w);
+        run(threads, ceil_div(w.rows, tile), few ? Forward<O>::few_rows : Forward<O>::many_rows, &f);
     }
 }
 
@@ -232,72 +305,64 @@ inline void outer_tile(const typename O::E* dy, i64 dy_stride, const typename O:
 }
 
 template <class O>
-void backward(const Weight& w, const void* dy, i64 m, i64 dy_stride, Float type, void* dx, int threads) {
+struct Backward {
     using E = typename O::E;
-    // Vectors of kStep rows of a unit, and groups of 4 of them.
-    constexpr i64 kVectors = kUnit * O::kStep / O::kWidth, kQuads = kVectors / 4, kSpan = kUnit / kQuads;
-    struct Job {
-        const Weight& w;
-        const void* dy;
-        i64 rows, dy_stride;
-        Float type;
-        void* dx;
-        E* ds;
-        i64 steps, units, chunk;
-    };
-    i64 steps = ceil_div(w.rows, O::kStep), units = ceil_div(w.cols, kUnit);
+    static constexpr i64 kQuads = kVectors<O> / 4, kSpan = kUnit / kQuads;  // groups of 4 vectors in a unit; the k they cover
+    const Weight& w;
+    const void* dy;
+    i64 rows, dy_stride;
+    Float type;
+    void* dx;
+    E* converted;
+    i64 steps, units;
+
+    static void convert(void* p, i64 task) {
+        Backward& b = *static_cast<Backward*>(p);
+        i64 padded = b.steps * O::kPer;
+        for (i64 i = task * kRowsATask; i < least(b.rows, (task + 1) * kRowsATask); ++i)
+            O::convert(at(b.dy, i * b.dy_stride, b.type), b.type, b.w.rows, padded, b.converted + i * padded);
+    }
+
+    static void columns(void* p, i64 task) {
+        Backward& b = *static_cast<Backward*>(p);
+        i64 u0 = task * kBackUnits, count = least(kBackUnits, b.units - u0), c_stride = count * kUnit, d_stride = b.steps * O::kPer;
+        // [unit][quad][step][4 vectors]
+        E* tile = static_cast<E*>(scratch(1, static_cast<std::size_t>(count * kUnit * kBackSteps * O::kPer) * sizeof(E)));
+        float* c = static_cast<float*>(scratch(2, static_cast<std::size_t>(b.rows * c_stride) * sizeof(float)));
+        for (i64 s0 = 0; s0 < b.steps; s0 += kBackSteps) {
+            i64 now = least(kBackSteps, b.steps - s0);
+            for (i64 s = 0; s < now; ++s)
+                decode_units<O>(b.w, (s0 + s) * O::kPer, 1, u0, count, b.type, [&](i64 u, const typename O::Vec* v) {
+                    for (int h = 0; h < kVectors<O>; ++h)
+                        O::store(tile + (((u * kQuads + h / 4) * kBackSteps + s) * 4 + h % 4) * O::kWidth, O::columns(v[h]));
+                });
+            for (i64 i = 0; i < b.rows; i += O::kRows)
+                with_rows<O::kRows>(least(O::kRows, b.rows - i), [&]<int R>() {
+                    for (i64 q = 0; q < count * kQuads; ++q)
+                        outer_tile<O, R>(b.converted + i * d_stride + s0 * O::kPer, d_stride, tile + q * kBackSteps * 4 * O::kWidth, now,
+                                         c + i * c_stride + q * kSpan, c_stride, s0 > 0);
+                });
+        }
+        i64 k = u0 * kUnit;
+        for (i64 i = 0; i < b.rows; ++i) {
+            alignas(64) float natural[kBackUnits * kUnit];
+            for (i64 u = 0; u < count; ++u) O::natural(c + i * c_stride + u * kUnit, natural + u * kUnit);
+            O::store_row(natural, nullptr, least(count * kUnit, b.w.cols - k), at(b.dx, i * b.w.cols + k, b.type), b.type);
+        }
+    }
+};
+
+template <class O>
+void backward(const Weight& w, const void* dy, i64 m, i64 dy_stride, Float type, void* dx, int threads) {
+    i64 steps = ceil_div(w.rows, O::kPer), units = ceil_div(w.cols, kUnit);
     threads = useful_threads(threads, m, w);
     for (i64 m0 = 0; m0 < m; m0 += kBlockRows) {
         i64 rows = least(kBlockRows, m - m0);
-        Job job{w, at(dy, m0 * dy_stride, type), rows, dy_stride, type, at(dx, m0 * w.cols, type), nullptr, steps, units, kBackSteps};
-        job.ds = static_cast<E*>(scratch(0, static_cast<std::size_t>(rows * steps * O::kStep) * sizeof(E)));
-        constexpr i64 kRowsATask = 16;
-        run(
-            threads, ceil_div(rows, kRowsATask),
-            [](void* p, i64 task) {
-                Job& j = *static_cast<Job*>(p);
-                for (i64 i = task * kRowsATask; i < least(j.rows, (task + 1) * kRowsATask); ++i)
-                    O::convert(at(j.dy, i * j.dy_stride, j.type), j.type, j.w.rows, j.steps * O::kStep, j.ds + i * j.steps * O::kStep);
-            },
-            &job);
-        run(
-            threads, ceil_div(units, kBackUnits),
-            [](void* p, i64 task) {
-                Job& j = *static_cast<Job*>(p);
-                i64 u0 = task * kBackUnits, count = least(kBackUnits, j.units - u0);
-                E* tile = static_cast<E*>(scratch(1, static_cast<std::size_t>(count * kUnit * j.chunk * O::kStep) * sizeof(E)));
-                float* c = static_cast<float*>(scratch(2, static_cast<std::size_t>(j.rows * count * kUnit) * sizeof(float)));
-                i64 c_stride = count * kUnit, d_stride = j.steps * O::kStep;
-                for (i64 s0 = 0; s0 < j.steps; s0 += j.chunk) {
-                    i64 now = least(j.chunk, j.steps - s0);
-                    // tile: [unit][quad][step][4 vectors]
-                    for (i64 s = 0; s < now; ++s) {
-                        alignas(64) E rows[O::kStep][kBackUnits * kUnit];
-                        for (int r = 0; r < O::kStep; ++r)
-                            decode_units<O>(j.w, (s0 + s) * O::kStep + r, u0, count, j.type, rows[r]);
-                        for (i64 u = 0; u < count; ++u) {
-                            typename O::Vec v[kVectors];
-                            O::interleave(rows[0] + u * kUnit, rows[O::kStep - 1] + u * kUnit, v);
-                            for (i64 q = 0; q < kQuads; ++q)
-                                for (int h = 0; h < 4; ++h)
-                                    O::store(tile + (((u * kQuads + q) * j.chunk + s) * 4 + h) * O::kWidth, v[q * 4 + h]);
-                        }
-                    }
-                    for (i64 i = 0; i < j.rows; i += O::kRows)
-                        with_rows<O::kRows>(least(O::kRows, j.rows - i), [&]<int R>() {
-                            for (i64 q = 0; q < count * kQuads; ++q)
-                                outer_tile<O, R>(j.ds + i * d_stride + s0 * O::kStep, d_stride, tile + q * j.chunk * 4 * O::kWidth, now,
-                                                 c + i * c_stride + q * kSpan, c_stride, s0 > 0);
-                        });
-                }
-                for (i64 i = 0; i < j.rows; ++i) {
-                    alignas(64) float natural[kBackUnits * kUnit];
-                    for (i64 u = 0; u < count; ++u) O::unpermute(c + i * c_stride + u * kUnit, natural + u * kUnit);
-                    i64 k = u0 * kUnit;
-                    O::store_row(natural, nullptr, least(count * kUnit, j.w.cols - k), at(j.dx, i * j.w.cols + k, j.type), j.type);
-                }
-            },
-            &job);
+        void* converted = scratch(0, static_cast<std::size_t>(rows * steps * O::kPer) * sizeof(typename O::E));
+        Backward<O> b{w,     at(dy, m0 * dy_stride, type), rows, dy_stride, type, at(dx, m0 * w.cols, type), static_cast<typename O::E*>(converted),
+                      steps, units};
+        run(threads, ceil_div(rows, kRowsATask), Backward<O>::convert, &b);
+        run(threads, ceil_div(units, kBackUnits), Backward<O>::columns, &b);
     }
 }
 

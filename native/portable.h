@@ -64,16 +64,24 @@ static inline float rounded(float f, Float type) {
     return f;
 }
 
+// Through memcpy: the bytes may have been written as another type.
 static inline float load_one(const void* p, i64 i, Float type) {
-    if (type == Float::f32) return static_cast<const float*>(p)[i];
-    u16 h = static_cast<const u16*>(p)[i];
+    if (type == Float::f32) {
+        float f;
+        std::memcpy(&f, static_cast<const char*>(p) + 4 * i, 4);
+        return f;
+    }
+    u16 h;
+    std::memcpy(&h, static_cast<const char*>(p) + 2 * i, 2);
     return type == Float::bf16 ? from_bf16(h) : from_f16(h);
 }
 static inline void store_one(void* p, i64 i, Float type, float f) {
-    if (type == Float::f32)
-        static_cast<float*>(p)[i] = f;
-    else
-        static_cast<u16*>(p)[i] = type == Float::bf16 ? to_bf16(f) : to_f16(f);
+    if (type == Float::f32) {
+        std::memcpy(static_cast<char*>(p) + 4 * i, &f, 4);
+    } else {
+        u16 h = type == Float::bf16 ? to_bf16(f) : to_f16(f);
+        std::memcpy(static_cast<char*>(p) + 2 * i, &h, 2);
+    }
 }
 static inline i64 width(Float type) { return type == Float::f32 ? 4 : 2; }
 static inline const void* at(const void* p, i64 i, Float type) { return static_cast<const char*>(p) + i * width(type); }
