@@ -75,7 +75,9 @@ class Runner:
 
         mask: [rows, all tokens so far], 0 on the padding at the left.
         """
-        kept = {"logits_to_keep": 1} if self.keeps else {}
+        # The last place as an index, not as logits_to_keep=1: a slice is not contiguous, and torch then copies the whole
+        # head once a row (2 GB for 8 rows of SmolLM2).
+        kept = {"logits_to_keep": torch.tensor([ids.shape[1] - 1], device=self.device)} if self.keeps else {}
         positions = {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]} if self.takes_positions else {}
         out = self.network(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **positions, **kept)
         return out.logits[:, -1].float()
