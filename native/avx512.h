@@ -16,13 +16,18 @@ static inline __m512 load16(const void* x, i64 i, Float type) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
 
-// To nearest even; NaN stays NaN; subnormal results are kept (the machine's own conversion flushes them to zero).
+// To nearest even; NaN stays NaN. The machine's own conversion takes subnormals for zero, and so does bitsandbytes where it has
+// that instruction; elsewhere both keep them.
 static inline __m256i bf16_16(__m512 f) {
+#ifdef __AVX512BF16__
+    return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(f));
+#else
     __m512i b = _mm512_castps_si512(f);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
     __m512i r = _mm512_srli_epi32(_mm512_add_epi32(b, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
     __mmask16 nan = _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q);
     return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(r, nan, _mm512_set1_epi32(0x7fc0)));
+#endif
 }
 
 static inline __m256i half_16(__m512 f, Float type) {

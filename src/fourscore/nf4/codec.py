@@ -130,7 +130,8 @@ def quantize(
 def dequantize(q: NF4Tensor, dtype: torch.dtype = torch.bfloat16, out: torch.Tensor | None = None) -> torch.Tensor:
     """The weight [out, in] again, in f32, bf16 or f16; equal to bitsandbytes' values from the same bytes.
 
-    out: a contiguous buffer of that shape and dtype to write into (returned). Products are rounded once, to nearest even.
+    out: a contiguous buffer of that shape and dtype to write into (returned). Products are rounded once, to nearest even; on
+    backend 'avx512-bf16' subnormal bf16 results are zero, as bitsandbytes' are on such a machine.
     """
     if dtype not in FLOATS:
         raise FourscoreError(f"NF4 is dequantised to f32, bf16 or f16, not {dtype}", where="nf4.dequantize", todo="ask for one of those")

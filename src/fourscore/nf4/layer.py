@@ -116,15 +116,6 @@ class NF4Linear(nn.Linear):
             )
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NF4Linear:
-        new = type(self)(self.in_features, self.out_features, False, "meta", compute_dtype=self.compute_dtype)
-        memo[id(self)] = new
-        import copy
-
-        for key, value in self.__dict__.items():
-            new.__dict__[key] = copy.deepcopy(value, memo)
-        return new
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._state is not None:
@@ -142,16 +133,19 @@ class NF4Linear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        parts = {part: state_dict[key] for part in PARTS if (key := f"{prefix}weight{'.' + part if part else ''}") in state_dict}
+        own = {part: f"{prefix}weight{'.' + part if part else ''}" for part in PARTS}
+        parts = {part: state_dict[key] for part, key in own.items() if key in state_dict}
         if "" in parts:
+            if not local_metadata.get("assign_to_params_buffers", False):
+                parts = {part: tensor.detach().clone() for part, tensor in parts.items()}
             try:
-                self.set_quantised(from_tensors(parts, where=f"{prefix}weight"))
+                self.set_quantised(from_tensors(parts, where=own[""]))
             except FourscoreError as error:
                 error_msgs.append(str(error))
-        rest = {k: v for k, v in state_dict.items() if not k.startswith(f"{prefix}weight.")}
+        rest = {key: tensor for key, tensor in state_dict.items() if key not in own.values()}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        known = {f"{prefix}weight.{part}" for part in PARTS}
-        unexpected_keys[:] = [k for k in unexpected_keys if k not in known]
+        if "" in parts and own[""] in missing_keys:
+            missing_keys.remove(own[""])
 
     def extra_repr(self) -> str:
         bits = "double quantised" if self.double_quant else "f32 scales"
@@ -161,7 +155,8 @@ class NF4Linear(nn.Linear):
 def linear_names(network: nn.Module, skip: Iterable[str] = ("lm_head",)) -> list[str]:
     """Names of the dense linear layers, without those skipped and the network's output layer."""
     skipped = tuple(skip)
-    output = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
+    find_output: Callable[[], nn.Module | None] | None = getattr(network, "get_output_embeddings", None)
+    output = find_output() if find_output is not None else None
 
     def is_skipped(name: str) -> bool:
         return any(name == s or name.endswith(f".{s}") or name.startswith(f"{s}.") for s in skipped)
@@ -191,7 +186,7 @@ def check_experts(network: nn.Module) -> None:
         if isinstance(module, nn.modules.conv._ConvNd):
             continue
         for key, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3 and parameter.is_floating_point():
+            if parameter.dim() == 3 and min(parameter.shape) > 1 and parameter.is_floating_point():
                 raise FourscoreError(
                     f"a 3-D weight {list(parameter.shape)} (mixture-of-experts) cannot be quantised to NF4 yet",
                     where=f"{name}.{key}" if name else key,

@@ -44,5 +44,7 @@ def linear(x: torch.Tensor, q: NF4Tensor, bias: torch.Tensor | None = None) -> t
             where="nf4.linear",
             todo="convert the input",
         )
-    y = _Linear.apply(x.reshape(-1, q.in_features), q, bias)
+    rows = x.reshape(-1, q.in_features)
+    differentiate = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    y = _Linear.apply(rows, q, bias) if differentiate else kernels.forward(rows, q, bias)
     return y.view(*x.shape[:-1], q.out_features)

@@ -7,10 +7,9 @@ reads such a directory, ours or theirs, without bitsandbytes.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -71,14 +70,14 @@ class _Quantise(ConversionOps):
         # transformers looks for this name: without it the scales would be cast to the model's dtype on their way here.
         self.hf_quantizer = hf_quantizer
 
-    def convert(self, input_dict: dict[str, Any], model: nn.Module | None = None, **_: Any) -> dict[str, Any]:
-        config: NF4Config = self.hf_quantizer.quantization_config
+    def convert(self, input_dict: dict[str, Any], *_: Any, model: Any = None, **__: Any) -> dict[str, Any]:
+        config = cast(NF4Config, self.hf_quantizer.quantization_config)
         result: dict[str, Any] = {}
         for name, value in input_dict.items():
             dense = value[0] if isinstance(value, list) else value
-            layer, _key = get_module_from_name(model, name)
+            layer: Any = get_module_from_name(model, name)[0]
             layer.set_quantised(quantize(dense, config.block_size, config.double_quant, name=name))
-            layer._is_hf_initialized = True
+            setattr(layer, "_is_hf_initialized", True)  # noqa: B010
             result[name] = layer.weight
         return result
 
@@ -88,17 +87,15 @@ class _Deserialise(ConversionOps):
         # transformers looks for this name: without it the scales would be cast to the model's dtype on their way here.
         self.hf_quantizer = hf_quantizer
 
-    def convert(
-        self, input_dict: dict[str, Any], model: nn.Module | None = None, full_layer_name: str | None = None, **_: Any
-    ) -> dict[str, Any]:
+    def convert(self, input_dict: dict[str, Any], *_: Any, model: Any = None, full_layer_name: str = "", **__: Any) -> dict[str, Any]:
         tensors = {key.removeprefix("weight").removeprefix("."): v[0] if isinstance(v, list) else v for key, v in input_dict.items()}
-        layer, _key = get_module_from_name(model, full_layer_name)
+        layer: Any = get_module_from_name(model, full_layer_name)[0]
         if len(tensors) == 1 and not isinstance(layer, NF4Linear):
             return {"weight": tensors[""]}
         if not isinstance(layer, NF4Linear):
-            raise FourscoreError("a quantised weight for a layer that is not linear", where=full_layer_name or "", todo="use weights: bf16")
-        layer.set_quantised(from_tensors(tensors, where=full_layer_name or ""))
-        layer._is_hf_initialized = True
+            raise FourscoreError("a quantised weight for a layer that is not linear", where=full_layer_name, todo="use weights: bf16")
+        layer.set_quantised(from_tensors(tensors, where=full_layer_name))
+        setattr(layer, "_is_hf_initialized", True)  # noqa: B010 (transformers' own mark: nothing here is to be drawn at random)
         return {"weight": layer.weight}
 
 
@@ -114,7 +111,7 @@ class NF4Quantizer(HfQuantizer):
         return 0.5
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-        config: NF4Config = self.quantization_config
+        config = cast(NF4Config, self.quantization_config)
         replace_linears(
             model, skip=config.skip, block_size=config.block_size, double_quant=config.double_quant, compute_dtype=config.compute_dtype
         )
