@@ -21,9 +21,17 @@ SHAPE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 16,
+    "short_factor": [1.0] * 4,
+    "long_factor": [1.0, 2.0, 3.0, 4.0],
+}
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 WINDOW = {"sliding_window": 16}
-# Class, settings. What each is here for: the plain kind, a window, soft-caps, logit scales, learned positions, experts.
+# Class, settings. What each is here for: the plain kind, a window, soft-caps, logit scales, learned positions, rotary
+# frequencies that change with the length, experts.
 PACKED: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3ForCausalLM": ("Qwen3Config", {"head_dim": 8}),
     "MistralForCausalLM": ("MistralConfig", WINDOW),
@@ -37,6 +45,7 @@ PACKED: dict[str, tuple[str, dict[str, Any]]] = {
         {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4, "window_size": 16},
     ),
     "OPTForCausalLM": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "Phi3ForCausalLM": ("Phi3Config", {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 16}),
     "MixtralForCausalLM": ("MixtralConfig", {"num_local_experts": 4}),
 }
 # ALiBi, recurrent layers, and both in one: no pack.

@@ -83,6 +83,8 @@ def test_errors_name_the_adapter_and_the_remedy(base: Model, folders: dict[str, 
         Engine(base, adapters={"desk": tmp_path})
     with pytest.raises(FourscoreError, match="no adapter named `till`. Known: desk"):
         Engine(base, adapters={"desk": folders["desk"]}).score(REQUESTS, adapter="till")
+    with pytest.raises(FourscoreError, match="carries the adapters of another engine"):
+        Engine(base, adapters={"desk": folders["desk"]})
 
 
 def test_an_adapter_of_another_shape_is_an_error(base: Model, folders: dict[str, Path], tmp_path: Path) -> None:

@@ -20,10 +20,12 @@ class Adapters:
 
     def __init__(self, network: nn.Module, folders: dict[str, Path]) -> None:
         from peft import PeftModel
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
         self._peft: Any = network if isinstance(network, PeftModel) else None
         self._loaded: str | None = self._peft.active_adapter if self._peft is not None else None
-        self.names = sorted(folders)
+        if folders and self._peft is None and any(isinstance(module, BaseTunerLayer) for module in network.modules()):
+            raise FourscoreError("the network carries the adapters of another engine", todo="use that engine, or load the model again")
         for name, folder in folders.items():
             self._load(network, name, Path(folder))
         self._check_kinds()

@@ -25,7 +25,7 @@ from fourscore.progress import say
 if TYPE_CHECKING:
     from fourscore.model import Model
 
-PACK_TOKENS = 512
+PACK_TOKENS = 256  # attention grows with a pack, the matrix products gain little above this (measured on CPUs, 128 to 1,024)
 ROWS = 64  # logits are turned to f32 this many rows at a time: 12 MB at 49,152 words
 
 Request = tuple[Sequence[int], Sequence[int]]
@@ -150,7 +150,9 @@ class Engine:
     def _decode(
         self, prompts: list[list[int]], max_new_tokens: int, picks: list[Callable[[Tensor], int]], ended: Callable[[list[int]], bool]
     ) -> list[list[int]]:
-        if self._caches():
+        switch, longest = self.runner.rope_switch, max(map(len, prompts))
+        crosses = switch is not None and longest <= switch < longest + max_new_tokens  # the cache would be of other frequencies
+        if self._caches() and not crosses:
             return decode(self.runner, prompts, max_new_tokens, lambda row, logits: picks[row](logits), ended)
         return [decode_again(self.runner, p, max_new_tokens, pick, ended) for p, pick in zip(prompts, picks, strict=True)]
 
@@ -191,6 +193,8 @@ class Engine:
 
     def _advance(self, state: DecodeState, ids: list[int]) -> DecodeState:
         with self._running(state.adapter):
+            if state.cache is not None and len(state.ids) - 1 == self.runner.rope_switch:
+                state.cache, ids = self.runner.new_cache(), state.ids  # from here on rotary frequencies are others
             if state.cache is None:
                 logits = self.runner.plain(state.ids, 1)[0].float()
             else:
@@ -249,9 +253,14 @@ class Engine:
 
 def _pick_out(logits: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability of each target at its row of the logits (f32), and whether it is that row's likeliest word."""
-    totals = torch.cat([torch.logsumexp(part.float(), dim=-1) for part in logits.split(ROWS)])
-    best = torch.cat([part.argmax(dim=-1) for part in logits.split(ROWS)])
-    return logits[rows, targets].float() - totals[rows], best[rows] == targets
+    found = torch.empty(len(rows), dtype=torch.float32, device=logits.device)
+    greedy = torch.empty(len(rows), dtype=torch.bool, device=logits.device)
+    for start in range(0, len(logits), ROWS):
+        part = logits[start : start + ROWS]
+        here = ((rows >= start) & (rows < start + ROWS)).nonzero().flatten()
+        found[here] = torch.log_softmax(part, dim=-1, dtype=torch.float32)[rows[here] - start, targets[here]]
+        greedy[here] = part.max(dim=-1).indices[rows[here] - start] == targets[here]  # max is four times as fast as argmax in bf16
+    return found, greedy
 
 
 def _consecutive(sequences: list[list[int]], budget: int) -> Iterator[range]:
