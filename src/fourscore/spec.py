@@ -18,13 +18,12 @@ from fourscore.files import FourscoreError, hash_json
 
 Arm = Literal["trivial", "base-16bit", "base-nf4", "qlora"]
 Score = Literal["likelihood", "generated"]
-SKILLS = ("piqa", "commonsense_qa")
 
 
 class Strict(BaseModel):
     """A section of the file: unknown keys are errors, values never change after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Model(Strict):
@@ -118,7 +117,9 @@ class Train(Strict):
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps that warms up; then cosine to a tenth.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     clip: float = Field(1.0, gt=0, description="Largest gradient norm.")
-    seeds: list[int] = Field([1, 2], min_length=1, description="One adapter a seed; the one with the lowest validation loss ships.")
+    seeds: list[Annotated[int, Field(strict=True, ge=0)]] = Field(
+        [1, 2], min_length=1, description="One adapter a seed; the one with the lowest validation loss ships."
+    )
     evaluations: int = Field(4, gt=0, description="How often the validation loss is taken during training.")
     patience: int = Field(3, gt=0, description="Stop after this many evaluations without a lower validation loss.")
     checkpoint_minutes: float = Field(5.0, gt=0, description="A checkpoint every so many minutes.")
@@ -169,8 +170,15 @@ class Evaluate(Strict):
         for arm in self.gain.over:
             if arm not in self.arms:
                 raise ValueError(f"`gain.over` names `{arm}`, which `arms` lacks")
-        if len({s.task for s in self.keep}) != len(self.keep):
-            raise ValueError("`keep` names a task twice")
+        named: dict[str, list[Any]] = {
+            "keep": [s.task for s in self.keep],
+            "arms": [*self.arms],
+            "gain.over": [*self.gain.over],
+            "gain.scores": [*self.gain.scores],
+        }
+        for place, names in named.items():
+            if len(set(names)) != len(names):
+                raise ValueError(f"`{place}` names one thing twice")
         return self
 
 
@@ -214,7 +222,7 @@ class Study(Strict):
 
 
 def read_study(path: str | Path) -> Study:
-    """Read and check a study file (YAML). A data file is looked for beside the study file, then in the current folder.
+    """Read and check a study file (YAML). Local files are looked for beside the study file, then in the current folder.
 
     Raises FourscoreError with file, line and remedy.
     """
@@ -226,15 +234,27 @@ def read_study(path: str | Path) -> Study:
     except (OSError, UnicodeDecodeError) as error:
         raise FourscoreError(f"the study file cannot be read ({error})", where=str(path), todo="check the path and its rights") from None
     study = parse_study(text, where=str(path))
-    beside = path.parent / study.data.source
-    if study.data.source.startswith(("wheel:", "hub:")) or not beside.exists():
-        return study
-    return study.model_copy(update={"data": study.data.model_copy(update={"source": os.path.relpath(beside)})})
+    return moved(study, path.parent, Path())
+
+
+def moved(study: Study, old: Path, new: Path) -> Study:
+    """The study with its local data file and model folder named from the folder `new` where they were named from `old`."""
+
+    def name_of(name: str) -> str:
+        there = old / name
+        return os.path.relpath(there, new) if name and there.exists() and not Path(name).is_absolute() else name
+
+    source = study.data.source
+    data = study.data.model_copy(update={"source": source if source.startswith(("wheel:", "hub:")) else name_of(source)})
+    return study.model_copy(update={"data": data, "model": study.model.model_copy(update={"name": name_of(study.model.name)})})
 
 
 def parse_study(text: str, where: str = "study") -> Study:
     """A study from YAML text. `where` names the file in errors."""
     try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise yaml.MarkedYAMLError(problem=f"alias `*{event.anchor}`, write it out", problem_mark=event.start_mark)
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -305,7 +325,7 @@ def _line_of(node: Any, place: tuple[int | str, ...]) -> int:
     for key in place:
         if isinstance(node, yaml.MappingNode):
             for name, value in node.value:
-                if name.value == key:
+                if name.value == str(key):
                     line, node = name.start_mark.line + 1, value
                     break
             else:

@@ -30,12 +30,14 @@ def main() -> int:
     try:
         from fourscore.spec import Study
         from fourscore.study.graph import graph_of
+        from fourscore.study.inputs import Inputs
         from fourscore.study.steps import Context
 
         study = Study.model_validate(order["study"])
-        step = next(s for s in graph_of(study) if s.name == order["step"])
+        inputs = Inputs(Path(order["base"]), order["base_sha256"], order["source_sha256"])
+        step = next(s for s in graph_of(study, inputs) if s.name == order["step"])
         folders = {name: Path(folder) for name, folder in order["folders"].items()}
-        step.work(Context(step.name, study, Path(order["out"]), folders, Path(order["run"])))
+        step.work(Context(step.name, study, inputs.base, Path(order["out"]), folders, Path(order["run"])))
     except FourscoreError as error:
         _tell(writer, error.what, error.where, error.todo)
         return 1

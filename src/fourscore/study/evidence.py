@@ -24,7 +24,8 @@ def append(run: Path, done: Finished) -> None:
     """Chain a finished step, unless its record already is. A crash between the two is mended by calling this again."""
     chain = read_chain(run)
     digest = hash_file(done.folder / RECORD)
-    if any(line["record"] == digest for line in chain):
+    newest = {line["folder"]: line["record"] for line in chain}
+    if newest.get(done.folder.name) == digest:
         return
     line = {"previous": hash_json(chain[-1]) if chain else FIRST, "step": done.name, "folder": done.folder.name, "record": digest}
     with atomic_file(run / "evidence.jsonl", "wb") as file:
@@ -46,6 +47,8 @@ def check_chain(run: Path) -> list[str]:
         if line.get("previous") != previous:
             wrong.append(f"evidence.jsonl:{number}: the chain is broken here (the line before was changed, added or removed)")
         previous = hash_json(line)
+    newest = {line.get("folder"): line for line in chain}  # a step that was deleted and done again has a later line
+    for line in newest.values():
         wrong += _check_step(run, line)
     return wrong
 

@@ -16,11 +16,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fourscore.files import FourscoreError, atomic_file, locked, read_json
 from fourscore.progress import duration, say
-from fourscore.spec import Study
+from fourscore.spec import Study, moved
 from fourscore.study import environment, evidence, publish
 from fourscore.study.graph import graph_of
+from fourscore.study.inputs import Inputs, find_inputs
 from fourscore.study.steps import Finished, Step, find_finished, finish, step_key, work_folder_of
 
 
@@ -33,13 +36,11 @@ def execute(study: Study, run: Path, until: str = "report", *, resume: bool = Tr
     run.mkdir(parents=True, exist_ok=True)
     with locked(run / "lock", "this study") as lock:
         where = environment.describe(study)
+        inputs = find_inputs(study)
         done: dict[str, Finished] = {}
-        graph = graph_of(study)
-        wanted = _up_to(graph, until)
+        wanted = _up_to(graph_of(study, inputs), until)
         with atomic_file(run / "study.yaml") as file:
-            import yaml
-
-            yaml.safe_dump(study.model_dump(mode="json"), file, sort_keys=False, allow_unicode=True)
+            yaml.safe_dump(moved(study, Path(), run).model_dump(mode="json"), file, sort_keys=False, allow_unicode=True)
         for number, step in enumerate(wanted, 1):
             key = step_key(step, done, where)
             finished = find_finished(run, step, key)
@@ -47,23 +48,26 @@ def execute(study: Study, run: Path, until: str = "report", *, resume: bool = Tr
                 say(f"[{number}/{len(wanted)}] {step.title or step.name}")
                 if not resume:
                     shutil.rmtree(work_folder_of(run, step, key), ignore_errors=True)
-                finished = _run_step(study, run, step, key, done, where, lock)
+                publish.retract(run)
+                finished = _run_step(study, inputs, run, step, key, done, where, lock)
             else:
                 say(f"[{number}/{len(wanted)}] {step.title or step.name}: done before")
             evidence.append(run, finished)
             done[step.name] = finished
             publish.publish(run, done)
             if step.name == "plan" and step is not wanted[-1]:
-                _refuse_what_does_not_fit(finished)
+                refuse_what_does_not_fit(finished)
         return done
 
 
-def _refuse_what_does_not_fit(plan: Finished) -> None:
+def refuse_what_does_not_fit(plan: Finished) -> None:
+    """A FourscoreError where the plan says that the study needs more memory than it may use."""
     told = read_json(plan.folder / "plan.json")
     if not told["fits"]:
-        need, limit = told["predicted"]["train_peak_rss_bytes"] / 2**30, told["memory_limit_bytes"] / 2**30
+        train, measure = (told["predicted"][f"{what}_peak_rss_bytes"] / 2**30 for what in ("train", "evaluate"))
         raise FourscoreError(
-            f"training would need {need:.1f} GiB of memory, {limit:.1f} GiB may be used",
+            f"training would need {train:.1f} GiB of memory and measuring {measure:.1f} GiB; "
+            f"{told['memory_limit_bytes'] / 2**30:.1f} GiB may be used",
             where=str(plan.folder),
             todo="lower `train.tokens_per_step` or `data.max_tokens`, choose a smaller model, or raise `memory_gb`",
         )
@@ -76,12 +80,18 @@ def _up_to(graph: list[Step], until: str) -> list[Step]:
     return graph[: last[-1] + 1]
 
 
-def _run_step(study: Study, run: Path, step: Step, key: str, done: Mapping[str, Finished], where: Mapping[str, Any], lock: int) -> Finished:
+def _run_step(
+    study: Study, inputs: Inputs, run: Path, step: Step, key: str, done: Mapping[str, Finished], where: Mapping[str, Any], lock: int
+) -> Finished:
     work = work_folder_of(run, step, key)
+    resumed = work.exists()
     work.mkdir(parents=True, exist_ok=True)
     order = {
         "study": study.model_dump(mode="json"),
         "step": step.name,
+        "base": str(inputs.base),
+        "base_sha256": inputs.base_sha256,
+        "source_sha256": inputs.source_sha256,
         "out": str(work),
         "run": str(run),
         "folders": {name: str(f.folder) for name, f in done.items()},
@@ -109,7 +119,7 @@ def _run_step(study: Study, run: Path, step: Step, key: str, done: Mapping[str, 
         raise
     if code != 0:
         raise _failure(step, code, answer, run)
-    finished = finish(run, step, key, done, where, time.monotonic() - started)
+    finished = finish(run, step, key, done, where, time.monotonic() - started, resumed)
     say(f"    took {duration(time.monotonic() - started)}")
     return finished
 

@@ -8,92 +8,77 @@ base -> data -> plan
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fourscore.files import FourscoreError, read_json, write_json
 from fourscore.spec import Study
+from fourscore.study.inputs import Inputs
 from fourscore.study.plan import FLOOR_ITEMS
 from fourscore.study.steps import Context, Step
 
 
-def graph_of(study: Study) -> list[Step]:
-    """All steps of a study, in order."""
+def graph_of(study: Study, inputs: Inputs) -> list[Step]:
+    """All steps of a study, in order. The inputs enter by their contents; where they stand is not part of any key."""
     whole = study.model_dump(mode="json")
+    whole["model"] |= {"name": inputs.base_sha256, "source": None, "revision": None}
+    whole["data"] |= {"source": Path(study.data.source).name, "sha256": inputs.source_sha256}
     model, data, train = whole["model"], whole["data"], whole["train"]
-    recipe = {k: v for k, v in train.items() if k != "seeds"}
-    measured = {
-        "evaluate": {k: v for k, v in whole["evaluate"].items() if k not in ("arms", "gain", "confidence")},
-        "data": data["choices"],
-    }
+    recipe = {"train": {k: v for k, v in train.items() if k != "seeds"}, "model": model}
+    asked = {k: v for k, v in whole["evaluate"].items() if k not in ("arms", "gain", "confidence")}
+    measured = {"evaluate": asked, "choices": data["choices"], "cost": whole["cost"]}
+    quantised = {**measured, "model": model}
+
+    def evaluation(arm: str, more: tuple[str, ...], settings: dict[str, Any], work: Callable[[Context], None], title: str) -> Step:
+        return Step(f"evaluate-{arm}", ("base", "data", *more), settings, work, ("items/*", "top.npz"), title)
+
     steps = [
-        Step(
-            "base", (), {"model": {k: model[k] for k in ("name", "source", "revision")}}, fetch_base, title=f"base model {study.model.name}"
-        ),
+        Step("base", (), {"model": inputs.base_sha256}, describe_base, title=f"base model {study.model.name}"),
         Step("data", ("base",), {"data": data}, prepare_data, title="data: read, split, check"),
         Step("plan", ("base", "data"), {"study": whole}, make_plan, pure=(), title="plan: does it fit, how long"),
     ]
-    trained = {"train": recipe, "model": model}
     for seed in study.train.seeds:
-        steps.append(
-            Step(
-                f"train-{seed}",
-                ("base", "data"),
-                {**trained, "seed": seed},
-                train_adapter,
-                ("adapter/*", "result.json"),
-                f"train, seed {seed}",
-            )
-        )
-    arms = [arm for arm in study.evaluate.arms if arm not in ("base-16bit", "qlora")]
-    pure = ("items/*", "top.npz")
-    steps.append(Step("evaluate-base-16bit", ("base", "data"), measured, evaluate_base, pure, "measure base-16bit, the reference"))
-    for arm in arms:
-        settings = measured if arm == "trivial" else {**measured, "model": model}
-        steps.append(Step(f"evaluate-{arm}", ("base", "data", "evaluate-base-16bit"), settings, evaluate_base, pure, f"measure {arm}"))
+        settings = {**recipe, "seed": seed}
+        steps.append(Step(f"train-{seed}", ("base", "data"), settings, train_adapter, ("adapter/*", "result.json"), f"train, seed {seed}"))
+    steps.append(evaluation("base-16bit", (), measured, evaluate_base, "measure base-16bit, the reference"))
+    for arm in study.evaluate.arms:
+        if arm not in ("base-16bit", "qlora"):
+            settings = measured if arm == "trivial" else quantised
+            steps.append(evaluation(arm, ("evaluate-base-16bit",), settings, evaluate_base, f"measure {arm}"))
     adapters = tuple(f"train-{seed}" for seed in study.train.seeds)
     for seed in study.train.seeds:
-        needs = ("base", "data", "evaluate-base-16bit", f"train-{seed}")
-        settings = {**measured, "model": model}
-        steps.append(Step(f"evaluate-qlora-{seed}", needs, settings, evaluate_adapter, pure, f"measure qlora, seed {seed}"))
-    steps.append(Step("floor", ("base", "data", *adapters), {**measured, "items": FLOOR_ITEMS}, measure_floor, ("items/*",), "A/A floor"))
+        needs = ("evaluate-base-16bit", f"train-{seed}")
+        steps.append(evaluation(f"qlora-{seed}", needs, quantised, evaluate_adapter, f"measure qlora, seed {seed}"))
+    steps.append(Step("floor", ("base", "data", *adapters), {**quantised, "items": FLOOR_ITEMS}, measure_floor, ("items/*",), "A/A floor"))
     measures = tuple(s.name for s in steps if s.name.startswith("evaluate-"))
     decided = {"evaluate": whole["evaluate"], "seeds": train["seeds"]}
     steps.append(Step("verdict", (*adapters, *measures, "floor"), decided, decide, title="verdict"))
     everything = tuple(s.name for s in steps)
-    steps.append(Step("report", everything, {"study": whole}, write_report, title="report"))
+    steps.append(Step("report", everything, {"study": whole}, write_report, title="report", measured=True))
     return steps
 
 
-def base_folder(study: Study) -> Path:
-    """The base model's transformers directory, fetched when it is not there."""
-    from fourscore.model import pull
-
-    return pull(study.model.name, study.model.source, study.model.revision)
-
-
-def fetch_base(context: Context) -> None:
-    """Fetch the base model and write down what it is."""
+def describe_base(context: Context) -> None:
+    """Write down what the base model is."""
     from fourscore.model import base_sha256, describe
 
-    folder = base_folder(context.study)
-    write_json(context.out / "base.json", describe(folder).to_json() | {"sha256": base_sha256(folder)})
+    write_json(context.out / "base.json", describe(context.base).to_json() | {"sha256": base_sha256(context.base)})
 
 
 def prepare_data(context: Context) -> None:
     """Read, map, split and check the rows."""
-    from transformers import AutoTokenizer
-
     from fourscore.data import prepare
+    from fourscore.model import load_tokenizer
 
-    prepare(context.study.data, AutoTokenizer.from_pretrained(base_folder(context.study)), context.out)
+    prepare(context.study.data, load_tokenizer(context.base), context.out)
 
 
 def make_plan(context: Context) -> None:
-    """Predict time and memory from a probe; an impossible study stops here."""
+    """Predict time and memory from a probe."""
     from fourscore.study.plan import plan
 
-    write_json(context.out / "plan.json", plan(context.study, base_folder(context.study), context.folders["data"]))
+    write_json(context.out / "plan.json", plan(context.study, context.base, context.folders["data"]))
 
 
 def train_adapter(context: Context) -> None:
@@ -103,9 +88,7 @@ def train_adapter(context: Context) -> None:
     from fourscore.train import train
 
     study, seed = context.study, int(context.step.removeprefix("train-"))
-    model = load(
-        base_folder(study), weights="nf4", block_size=study.model.block_size, double_quant=study.model.double_quant, trainable=True
-    )
+    model = load(context.base, weights="nf4", block_size=study.model.block_size, double_quant=study.model.double_quant, trainable=True)
     data = context.folders["data"]
     result = train(
         add_lora(model, study.train, seed), read_rows(data, "train"), read_rows(data, "validation"), study.train, seed, context.out
@@ -131,7 +114,7 @@ def _evaluate(context: Context, arm: str, seed: int | None, adapter: Path | None
         arm,
         seed,
         context.study,
-        base_folder(context.study),
+        context.base,
         context.folders["data"],
         context.out,
         adapter=adapter,
@@ -148,7 +131,7 @@ def measure_floor(context: Context) -> None:
         "qlora",
         seed,
         context.study,
-        base_folder(context.study),
+        context.base,
         context.folders["data"],
         context.out,
         adapter=context.folders[f"train-{seed}"] / "adapter",

@@ -6,6 +6,7 @@ The report sets these predictions beside what was measured.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -42,7 +43,8 @@ def plan(study: Study, base: Path, data: Path) -> dict[str, Any]:
     tokens = sum(_training_tokens(study, check))
     starts = probe["start_seconds"]
     train_seconds = len(study.train.seeds) * (starts + probe["load_seconds"] + tokens / probe["tokens"] * probe["seconds"])
-    evaluate_seconds, floor_seconds = _evaluate_seconds(study, base, data, check, starts)
+    evaluate_seconds, floor_seconds, evaluate_peak = _evaluate_seconds(study, base, data, check, starts)
+    peak = max(probe["peak_rss_bytes"], evaluate_peak)
     total = train_seconds + evaluate_seconds + floor_seconds + time.monotonic() - began
     watts = power(study.cost.watts, machine, threads=environment.threads(study))
     kwh = watts.watts * total / 3.6e6
@@ -53,13 +55,14 @@ def plan(study: Study, base: Path, data: Path) -> dict[str, Any]:
             "train_seconds": train_seconds,
             "train_peak_rss_bytes": probe["peak_rss_bytes"],
             "evaluate_seconds": evaluate_seconds,
+            "evaluate_peak_rss_bytes": evaluate_peak,
             "total_seconds": total,
             "energy_kwh": kwh,
             "money": kwh * study.cost.price_per_kwh + wear,
         },
         "power": asdict(watts),
         "machine": machine.to_json(),
-        "fits": probe["peak_rss_bytes"] <= memory,
+        "fits": peak <= memory,
         "memory_limit_bytes": memory,
         "probe": {k: probe[k] for k in ("seconds", "tokens", "peak_rss_bytes")},
         "training_tokens": tokens,
@@ -80,7 +83,7 @@ def _probe(study: Study, base: Path, data: Path) -> dict[str, Any]:
     """Probe training in a process of its own: the peak memory is the probe's, and the time to start Python is seen too."""
     order = json.dumps({"study": study.model_dump(mode="json"), "base": str(base), "data": str(data)})
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "fourscore.study.probe"], input=order, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-m", "fourscore.study.probe", str(os.getpid())], input=order, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
         raise FourscoreError(
             f"the training probe ended with exit code {done.returncode}" + (" (out of memory?)" if done.returncode == -9 else ""),
@@ -92,14 +95,16 @@ def _probe(study: Study, base: Path, data: Path) -> dict[str, Any]:
     return told | {"start_seconds": max(0.0, time.monotonic() - began - told["working_seconds"])}
 
 
-def _evaluate_seconds(study: Study, base: Path, data: Path, check: Mapping[str, Any], starts: float) -> tuple[float, float]:
-    """Seconds of the evaluation steps and of the A/A floor, from a few items of the reference and of the 4-bit arm."""
+def _evaluate_seconds(study: Study, base: Path, data: Path, check: Mapping[str, Any], starts: float) -> tuple[float, float, int]:
+    """Seconds of the evaluation steps and of the A/A floor, and peak memory, from a few items of the reference and of the 4-bit arm."""
+    from fourscore.machine import peak_rss_bytes
+
     items = {"desk": check["rows"]["evaluation"]} | {skill.task: skill.items for skill in study.evaluate.keep}
     packed = {arm: _timed_arm(arm, study, base, data, items, PROBE_ITEMS, "packed") for arm in ("base-16bit", "base-nf4")}
     few = {task: min(count, FLOOR_ITEMS) for task, count in items.items()}
     plain = _timed_arm("base-nf4", study, base, data, few, PROBE_ITEMS // 2, "plain")
     in_4_bits = len(study.train.seeds) + ("base-nf4" in study.evaluate.arms)
-    return packed["base-16bit"] + starts + in_4_bits * (packed["base-nf4"] + starts), plain + starts
+    return packed["base-16bit"] + starts + in_4_bits * (packed["base-nf4"] + starts), plain + starts, peak_rss_bytes()
 
 
 def _timed_arm(
@@ -130,6 +135,7 @@ def plan_text(told: Mapping[str, Any]) -> str:
     gib = 2**30
     lines = [
         f"fits in memory   {'yes' if told['fits'] else 'NO'}: training needs {predicted['train_peak_rss_bytes'] / gib:.2f} GiB, "
+        f"measuring {predicted['evaluate_peak_rss_bytes'] / gib:.2f} GiB, "
         f"{told['memory_limit_bytes'] / gib:.1f} GiB may be used (the 4-bit model is {told['model_bytes'] / 2**20:,.0f} MiB)",
         f"training         {duration(predicted['train_seconds'])} "
         f"(probe: {told['probe']['tokens']:,} tokens in {told['probe']['seconds']:.1f} s)",

@@ -6,8 +6,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from fourscore.files import atomic_file, hash_file
+from fourscore.files import atomic_file, atomic_folder, hash_file, hash_folder
 from fourscore.study.steps import Finished
+
+CONCLUSIONS = ("report.html", "report.json", "model-card.md", "verdict.json")
 
 
 def places(done: Mapping[str, Finished]) -> Iterator[tuple[str, str, Finished]]:
@@ -34,19 +36,36 @@ def places(done: Mapping[str, Finished]) -> Iterator[tuple[str, str, Finished]]:
 def publish(run: Path, done: Mapping[str, Finished]) -> None:
     """Bring the published files up to date. Each is replaced whole or not at all."""
     wanted = {name: (step.folder / output, step.record["outputs"][output]) for name, output, step in places(done)}
+    _publish_adapter(run, done)
     for name, (source, digest) in wanted.items():
         target = run / name
         if not target.is_file() or hash_file(target) != digest:
             with open(source, "rb") as reading, atomic_file(target, "wb") as writing:
                 shutil.copyfileobj(reading, writing)
-    for folder in ("items", "measures", "adapter"):
-        _remove_strangers(run, folder, set(wanted), done)
+    if "report" in done:
+        _remove_strangers(run, set(wanted))
 
 
-def _remove_strangers(run: Path, folder: str, wanted: set[str], done: Mapping[str, Finished]) -> None:
-    """What an earlier version of the study published must not stand beside this one's results."""
-    if "report" not in done:
+def retract(run: Path) -> None:
+    """Take away conclusions that a step about to run may change: an old verdict must not stand beside new measurements."""
+    for name in CONCLUSIONS:
+        (run / name).unlink(missing_ok=True)
+    shutil.rmtree(run / "adapter", ignore_errors=True)
+
+
+def _publish_adapter(run: Path, done: Mapping[str, Finished]) -> None:
+    """The adapter's folder, whole: a new configuration must never stand beside old weights."""
+    if "verdict" not in done:
         return
-    for path in sorted((run / folder).rglob("*")):
-        if path.is_file() and path.relative_to(run).as_posix() not in wanted:
+    source, target = done["verdict"].folder / "adapter", run / "adapter"
+    if not target.is_dir() or hash_folder(target) != hash_folder(source):
+        with atomic_folder(target) as part:
+            shutil.copytree(source, part, dirs_exist_ok=True)
+
+
+def _remove_strangers(run: Path, wanted: set[str]) -> None:
+    """What an earlier version of the study published must not stand beside this one's results."""
+    there = [path for folder in ("items", "measures", "adapter") for path in (run / folder).rglob("*") if path.is_file()]
+    for path in [*there, *run.glob("train-*.json")]:
+        if path.relative_to(run).as_posix() not in wanted:
             path.unlink()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +26,11 @@ RECORD = "record.json"
 
 @dataclass(frozen=True)
 class Context:
-    """What a running step sees: its name, the study, its own folder to fill, and the finished folders of the steps before it."""
+    """What a running step sees: its name, the study, the base model's folder, its own folder to fill, the finished folders."""
 
     step: str
     study: Study
+    base: Path
     out: Path
     folders: Mapping[str, Path]
     run: Path
@@ -36,7 +38,10 @@ class Context:
 
 @dataclass(frozen=True)
 class Step:
-    """One node of the graph. `settings` are the parts of the study that its result depends on."""
+    """One node of the graph. `settings` are the parts of the study that its result depends on.
+
+    `pure`: outputs that are the same on every run, the only ones a later key holds; a `measured` step reads the others too.
+    """
 
     name: str
     needs: tuple[str, ...]
@@ -44,6 +49,7 @@ class Step:
     work: Callable[[Context], None]
     pure: tuple[str, ...] = ("*",)
     title: str = ""
+    measured: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,10 @@ class Finished:
         """Hash of the outputs that later steps may depend on."""
         return str(self.record["result"])
 
+    def hash_for(self, step: Step) -> str:
+        """What `step` depends on: this step's result, or all of its outputs where `step` reads measured values too."""
+        return hash_json(self.record["outputs"]) if step.measured else self.result_hash
+
 
 def step_key(step: Step, needs: Mapping[str, Finished], environment: Mapping[str, Any]) -> str:
     """SHA-256 over everything the step's result depends on, in hex."""
@@ -66,7 +76,7 @@ def step_key(step: Step, needs: Mapping[str, Finished], environment: Mapping[str
         {
             "step": step.name,
             "settings": dict(step.settings),
-            "needs": {name: needs[name].result_hash for name in step.needs},
+            "needs": {name: needs[name].hash_for(step) for name in step.needs},
             "environment": dict(environment),
         }
     )
@@ -90,26 +100,42 @@ def find_finished(run: Path, step: Step, key: str) -> Finished | None:
     return Finished(step.name, folder, read_json(folder / RECORD))
 
 
-def finish(run: Path, step: Step, key: str, needs: Mapping[str, Finished], environment: Mapping[str, Any], seconds: float) -> Finished:
-    """Write the record of a step whose work is done and give its folder the final name."""
-    work = work_folder_of(run, step, key)
+def finish(
+    run: Path, step: Step, key: str, needs: Mapping[str, Finished], environment: Mapping[str, Any], seconds: float, resumed: bool
+) -> Finished:
+    """Write the record of a step whose work is done and give its folder the final name.
+
+    seconds: of this process; `resumed` says that an earlier one had begun the step.
+    """
+    work, folder = work_folder_of(run, step, key), folder_of(run, step, key)
     (work / RECORD).unlink(missing_ok=True)
+    sweep(work)
     outputs = hash_folder(work)
     record = {
         "step": step.name,
         "key": key,
         "settings": dict(step.settings),
-        "needs": {name: {"key": needs[name].record["key"], "result": needs[name].result_hash} for name in step.needs},
+        "needs": {name: {"key": needs[name].record["key"], "result": needs[name].hash_for(step)} for name in step.needs},
         "environment": dict(environment),
         "outputs": outputs,
         "result": result_hash(step, outputs),
         "seconds": round(seconds, 3),
+        "resumed": resumed,
     }
     for name in outputs:
         _flush_to_disk(work / name)
     write_json(work / RECORD, record)
-    os.replace(work, folder_of(run, step, key))
-    return Finished(step.name, folder_of(run, step, key), record)
+    if folder.exists():  # without a readable record it is nobody's result
+        shutil.rmtree(folder)
+    os.replace(work, folder)
+    return Finished(step.name, folder, record)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files and folders that a killed process left behind."""
+    for path in sorted(folder.rglob(".*")):
+        if path.name.endswith((".part", ".old")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def result_hash(step: Step, outputs: Mapping[str, str]) -> str:
