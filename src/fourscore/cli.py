@@ -132,10 +132,13 @@ def plan(study: StudyFile, runs: Runs = RUNS, as_json: Json = False, debug: Debu
     """
     _mode(as_json, debug)
     from fourscore.files import read_json
+    from fourscore.study.execute import refuse_what_does_not_fit
     from fourscore.study.plan import plan_text
 
-    told = read_json(_run(study, runs, "plan")["plan"].folder / "plan.json")
+    done = _run(study, runs, "plan")["plan"]
+    told = read_json(done.folder / "plan.json")
     _print(as_json, told, None if as_json else plan_text(told))
+    refuse_what_does_not_fit(done)
 
 
 @app.command()
@@ -159,7 +162,7 @@ def train(study: StudyFile, runs: Runs = RUNS, resume: Resume = True, as_json: J
 
 @app.command(name="eval")
 def evaluate(study: StudyFile, runs: Runs = RUNS, resume: Resume = True, as_json: Json = False, debug: Debug = False) -> None:
-    """Measure every arm of a study on the same items.
+    """Measure every arm of a study on the same items; what is missing for that, training too, is done first.
 
     Example: fourscore eval examples/pilot.yaml
     """
@@ -180,7 +183,7 @@ def evaluate(study: StudyFile, runs: Runs = RUNS, resume: Resume = True, as_json
 
 @app.command()
 def compare(study: StudyFile, runs: Runs = RUNS, as_json: Json = False, debug: Debug = False) -> None:
-    """Show every paired difference with its interval.
+    """Show every paired difference with its interval; whatever of the study is missing is done first.
 
     Example: fourscore compare examples/pilot.yaml
     """
@@ -191,7 +194,7 @@ def compare(study: StudyFile, runs: Runs = RUNS, as_json: Json = False, debug: D
 
 @app.command()
 def gate(study: StudyFile, runs: Runs = RUNS, as_json: Json = False, debug: Debug = False) -> None:
-    """Judge the adapter that ships: exit code 0 PASS, 3 FAIL, 4 INCONCLUSIVE.
+    """Judge the adapter that ships: exit code 0 PASS, 3 FAIL, 4 INCONCLUSIVE. Whatever of the study is missing is done first.
 
     Example: fourscore gate examples/pilot.yaml && cp -r runs/pilot/adapter /srv/model
     """
@@ -201,7 +204,7 @@ def gate(study: StudyFile, runs: Runs = RUNS, as_json: Json = False, debug: Debu
 
 @app.command()
 def report(study: StudyFile, runs: Runs = RUNS, as_json: Json = False, debug: Debug = False) -> None:
-    """Write report.html, report.json and model-card.md.
+    """Write report.html, report.json and model-card.md; whatever of the study is missing is done first.
 
     Example: fourscore report examples/pilot.yaml
     """
@@ -306,13 +309,17 @@ def _print(as_json: bool, value: Any, text: str | None) -> None:
 
 def main() -> None:
     """Entry point: one clear line for an error, a traceback only with --debug."""
-    from fourscore.files import FourscoreError
+    from fourscore.files import FourscoreError, disk_error
 
     try:
         app()
-    except FourscoreError as error:
+    except BrokenPipeError:  # the reader went away (`fourscore ... | head`): nothing to say, and nobody to say it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (FourscoreError, OSError) as caught:
         if os.environ.get("FOURSCORE_DEBUG") == "1":
             raise
+        error = caught if isinstance(caught, FourscoreError) else disk_error(caught, Path(caught.filename or "."))
         if "--json" in sys.argv:
             print(json.dumps({"error": {"what": error.what, "where": error.where, "todo": error.todo}}))
         print(f"fourscore: {error}", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 from fourscore.data.check import Check, check_text, check_view
 from fourscore.data.draft import draft_study
-from fourscore.data.prepare import prepare
+from fourscore.data.prepare import prepare, trivial_answer
 from fourscore.data.rows import PARTS, Part, Row, read_rows, write_rows
 from fourscore.data.template import Rendered, answer_ids, end_of_turn, prompt_hash, render_prompt, render_row
 
@@ -22,5 +22,6 @@ __all__ = [
     "read_rows",
     "render_prompt",
     "render_row",
+    "trivial_answer",
     "write_rows",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def prepare(data: Data, tokenizer: Any, out: Path) -> Check:
         rows={part: len(written[part]) for part in PARTS},
         tokens=_tokens(written),
         labels=labels,
-        trivial_answer=_trivial(written["train"], choices),
+        trivial_answer=trivial_answer((s.example.answer for s in written["train"]), choices),
         examples=[_pieces(s.example, tokenizer) for s in _examples(written["train"], data.split.seed)],
         warnings=_warnings(data, table, examples, over, written, near_shared, second, tokenizer),
     )
@@ -94,8 +95,15 @@ def prepare(data: Data, tokenizer: Any, out: Path) -> Check:
     return check
 
 
+def cluster_of(example: Example) -> list[str]:
+    """The labels that say which rows belong together: the study's groups, or the question itself, so that a question asked
+    twice never stands on two sides nor counts as two independent items.
+    """
+    return list(example.group) or [hashlib.sha256(_prompt(example).encode()).hexdigest()[:16]]
+
+
 def _first_label(example: Example) -> str:
-    return example.group[0] if example.group else example.id
+    return cluster_of(example)[0]
 
 
 def _prompt(example: Example) -> str:
@@ -135,7 +143,7 @@ def _draw(parts: dict[Part, list[int]], sized: Sequence[Sized], data: Data) -> d
 
 
 def _row(example: Example, choices: list[str]) -> Row:
-    return Row(example.id, example.number, list(example.group) or [example.id], chat(example), example.answer, choices)
+    return Row(example.id, example.number, cluster_of(example), chat(example), example.answer, choices)
 
 
 def _near(written: dict[Part, list[Sized]]) -> tuple[int | None, int | None]:
@@ -160,9 +168,9 @@ def _label_counts(answers: list[str], choices: list[str]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda c: (-c[1], c[0]))) if len(counts) <= LABELS_SHOWN else {}
 
 
-def _trivial(train: list[Sized], choices: list[str]) -> str:
+def trivial_answer(answers: Iterable[str], choices: Sequence[str]) -> str:
     """The most frequent answer; of equally frequent ones the first in `choices`, else the first in the alphabet."""
-    counts = Counter(s.example.answer for s in train)
+    counts = Counter(answers)
     return min(counts, key=lambda a: (-counts[a], choices.index(a) if choices else 0, a))
 
 
@@ -211,15 +219,20 @@ def _warnings(
         done = "cut to fit" if data.over_long == "cut" else "dropped"
         warnings.append(f"{name_rows(over.numbers)} with more than {data.max_tokens} tokens {done}")
     for place, column in enumerate(data.group or [None]):
-        labels = {s.example.group[place] if column else s.example.id for s in written["evaluation"]}
+        labels = {cluster_of(s.example)[place] for s in written["evaluation"]}
         if len(labels) < FEW_CLUSTERS:
-            what = f"only {len(labels)} values of `{column}`" if column else f"only {len(labels)} rows"
+            what = f"only {len(labels)} values of `{column}`" if column else f"only {len(labels)} different questions"
             warnings.append(f"{what} are held out: under {FEW_CLUSTERS} clusters an interval is wide and rough")
     if second and second["shared_with_train"]:
         warnings.append(
             f"{second['shared_with_train']} of the {second['evaluation_values']} held-out values of `{second['column']}` also occur in "
             "training rows: the verdict is about new values of "
             f"`{data.group[0]}`, not of `{second['column']}`"
+        )
+    asked_again = len(repeats([_prompt(s.example) for s in written["evaluation"]]))
+    if asked_again:
+        warnings.append(
+            f"{asked_again:,} held-out rows ask what an earlier one asks" + ("" if data.group else "; they count as one cluster")
         )
     for part in PARTS:
         answers = {s.example.answer for s in written[part]}

@@ -68,7 +68,7 @@ def match_answer(text: str, choices: list[str]) -> Match:
         raise FourscoreError(
             "two permitted answers differ only in case, punctuation or articles, or one has no letters",
             where=f"choices {choices}",
-            todo="name them apart, or gate on `likelihood` alone",
+            todo="name them apart in `data.choices`",
         )
     line = first_line(text) if not any("\n" in choice.strip() for choice in choices) else text
     said = normalise(line, articles=articles)

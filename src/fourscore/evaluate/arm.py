@@ -6,14 +6,14 @@ Every arm goes through the same functions with the same rendered questions; an a
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
+from fourscore.data.prepare import trivial_answer
 from fourscore.data.rows import Row, read_rows
 from fourscore.data.template import end_of_turn, prompt_hash, render_prompt, render_row
 from fourscore.evaluate.energy import cost_of_answers, read_tables
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 DESK = "desk"
 REFERENCE = "base-16bit"
+T = TypeVar("T")
 WEIGHTS: dict[str, Literal["nf4", "bf16"]] = {REFERENCE: "bf16", "base-nf4": "nf4", "qlora": "nf4"}
 
 
@@ -70,7 +71,7 @@ def evaluate_arm(
 
     arm: "trivial", "base-16bit", "base-nf4" or "qlora" (which needs `adapter`, a PEFT folder). base: a transformers directory.
     data: a prepared data folder. reference: the folder of the finished base-16bit arm, for fidelity; that arm itself also
-    writes out/top.npz. limit: only the first so many items of each task.
+    writes out/top.npz. limit: only so many items of each task, spread over all of them.
     path="plain" is the A/A floor: the same answers by the engine's other path, so only items are measured, and latency,
     energy and fidelity are null.
     """
@@ -78,7 +79,7 @@ def evaluate_arm(
     _check(arm, adapter)
     if study.threads:
         torch.set_num_threads(study.threads)
-    rows = read_rows(data, "evaluation")[:limit]
+    rows = spread(read_rows(data, "evaluation"), limit)
     if not rows:
         raise FourscoreError(
             "no held-out item to evaluate", where=str(data), todo="give the study more rows, or a larger `split.evaluation`"
@@ -91,6 +92,13 @@ def evaluate_arm(
     measures = {**whole, **measures, "seconds": time.perf_counter() - started}
     write_json(out / "measures.json", measures)
     return measures
+
+
+def spread(rows: Sequence[T], limit: int | None) -> list[T]:
+    """`limit` of the rows at even distances, so that sorted rows give more than their first group; all where None."""
+    if limit is None or limit >= len(rows):
+        return list(rows)
+    return [rows[i * len(rows) // limit] for i in range(limit)]
 
 
 def _check(arm: str, adapter: Path | None) -> None:
@@ -125,12 +133,10 @@ def _trivial(train: Sequence[Row], rows: Sequence[Row], base: Path, out: Path) -
 
 
 def best_constant(train: Sequence[Row]) -> str:
-    """The most frequent answer of the training rows; of equals the first in the order of the choices, then of the rows."""
+    """The most frequent answer of the training rows, by the rule of `check`."""
     if not train:
         raise FourscoreError("no training row to choose a constant answer on", todo="give the study more rows")
-    counts = Counter(row.answer for row in train)
-    order = list(dict.fromkeys([*train[0].choices, *(row.answer for row in train)]))
-    return max(order, key=lambda answer: counts[answer])
+    return trivial_answer((row.answer for row in train), train[0].choices)
 
 
 def _measure_model(
@@ -168,7 +174,7 @@ def _measure_model(
         began = time.perf_counter()
         read = read_skill(skill.task)
         sources[skill.task] = read.to_json()
-        asked = questions(skill.task, read.first(skill.items)[:limit], engine.tokenizer, per_byte=True)
+        asked = questions(skill.task, spread(read.first(skill.items), limit), engine.tokenizer, per_byte=True)
         items[skill.task] = _ask(engine, asked, clock, arm, None)
         tasks[skill.task] = {**summary(items[skill.task]), "seconds": time.perf_counter() - began}
         notes += _near_chance(skill.task, tasks[skill.task])

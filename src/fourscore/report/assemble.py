@@ -65,6 +65,7 @@ def assemble(run: str | Path) -> dict[str, Any]:
     answers, by_answer = _answers(run, shipped, records, study.data.choices, gaps)
     head, advice = wording.headline(told["verdict"], [g.model_dump() for g in gates], trivial)
     _name_gaps(gaps, arms, told, model, check)
+    _name_resumed(gaps, records)
     report = Report(
         verdict=Verdict(verdict=told["verdict"], headline=head, advice=advice, sentence=told.get("sentence", ""), shipped=shipped),
         study=Purpose(
@@ -148,7 +149,7 @@ def _arms(run: Path, study: Study, shipped: Shipped | None, gaps: list[Gap]) -> 
             raw = _optional(
                 path,
                 gaps,
-                wording.arm_name(arm) + (f", seed {seed}" if seed else ""),
+                wording.arm_name(arm) + (f", seed {seed}" if seed is not None else ""),
                 f"The arm `{name}` has no measures in the run folder.",
             )
             if raw is not None:
@@ -228,6 +229,13 @@ def _seconds_of(records: dict[str, dict[str, Any]], word: str) -> float | None:
     return sum(times) if times else None
 
 
+def _name_resumed(gaps: list[Gap], records: dict[str, dict[str, Any]]) -> None:
+    resumed = sorted(name for name, record in records.items() if record.get("resumed"))
+    if resumed:
+        why = f"These were stopped and resumed, and only the last part was timed: {', '.join(resumed)}."
+        gaps.append(Gap(what="The whole time of some steps", why=why))
+
+
 def _predictions(
     plan: Any, arms: list[ArmResult], training: list[TrainingRun], records: dict[str, dict[str, Any]], cost: StudyCost | None
 ) -> list[Prediction]:
@@ -236,6 +244,7 @@ def _predictions(
     said: dict[str, Any] = plan.get("predicted", {})
     trained = [t.seconds for t in training if t.seconds is not None]
     evaluated = [a.seconds for a in arms if a.seconds is not None]
+    measured_peaks = [a.peak_rss_bytes for a in arms if a.peak_rss_bytes is not None]
     peaks = [t.peak_rss_bytes for t in training if t.peak_rss_bytes is not None]
     evaluating = _seconds_of(records, "evaluate-") or (sum(evaluated) if evaluated else None)
     kwh, money = (cost.kwh, cost.money) if cost else (None, None)
@@ -244,6 +253,7 @@ def _predictions(
         ("Evaluating", "s", "evaluate_seconds", evaluating, "all arms"),
         ("Whole study", "s", "total_seconds", cost.seconds if cost else None, "all steps but fetching"),
         ("Memory while training", "bytes", "train_peak_rss_bytes", max(peaks) if peaks else None, "peak, one seed"),
+        ("Memory while measuring", "bytes", "evaluate_peak_rss_bytes", max(measured_peaks) if measured_peaks else None, "peak of any arm"),
         ("Electricity", "kWh", "energy_kwh", kwh.value if kwh else None, "by the measured time"),
         ("Money", "money", "money", money.value if money else None, "by the measured time"),
     ]

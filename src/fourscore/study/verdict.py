@@ -32,26 +32,18 @@ def derive(study: Study, arms: Mapping[str, Items], losses: Mapping[int, Mapping
     """The content of verdict.json. The shipped adapter is that of `seed`."""
     shipped = arms[f"qlora-{seed}"]
     confidence = study.evaluate.confidence
-    gates, decisions = [], []
+    gates = []
     for score in study.evaluate.gain.scores:
         for over in study.evaluate.gain.over:
-            paired = compare(shipped, arms[over], "desk", score, confidence)
-            decision = stats.superiority(paired)
             name = f"desk better than {over}, {READABLE[score]}"
-            gates.append(_row(name, "superiority", "desk", score, f"qlora-{seed}", over, paired) | _decided(decision, None))
-            decisions.append(decision)
+            gates.append(_gate(name, shipped, arms[over], "desk", score, f"qlora-{seed}", over, None, confidence))
     for skill in study.evaluate.keep:
-        paired = compare(shipped, arms["base-16bit"], skill.task, "likelihood", confidence)
-        decision = stats.non_inferiority(paired, skill.margin)
         name = f"{skill.task} kept within {100 * skill.margin:g} points"
-        gates.append(
-            _row(name, "non-inferiority", skill.task, "likelihood", f"qlora-{seed}", "base-16bit", paired)
-            | _decided(decision, skill.margin)
-        )
-        decisions.append(decision)
-    for gate, adjusted in zip(gates, stats.holm([d.p for d in decisions]), strict=True):
+        reference = arms["base-16bit"]
+        gates.append(_gate(name, shipped, reference, skill.task, "likelihood", f"qlora-{seed}", "base-16bit", skill.margin, confidence))
+    for gate, adjusted in zip(gates, stats.holm([gate["p_fail"] for gate in gates]), strict=True):
         gate["p_holm"] = float(adjusted)
-    verdict = stats.intersection_union(decisions)
+    verdict = verdict_of(gates, confidence)
     return {
         "study": study.study,
         "verdict": verdict,
@@ -62,6 +54,29 @@ def derive(study: Study, arms: Mapping[str, Items], losses: Mapping[int, Mapping
         "recipe": _recipe(study, arms),
         "floor": _floor(arms, seed, confidence),
     }
+
+
+def verdict_of(gates: Sequence[Mapping[str, Any]], confidence: float) -> str:
+    """PASS when every gate passes, each at its own level (intersection-union, Berger 1982).
+
+    FAIL when a failed gate still fails once Holm has corrected for the number of gates; else INCONCLUSIVE.
+    """
+    if all(gate["verdict"] == "PASS" for gate in gates):
+        return "PASS"
+    failed = any(gate["verdict"] == "FAIL" and gate["p_holm"] <= 1 - confidence for gate in gates)
+    return "FAIL" if failed else "INCONCLUSIVE"
+
+
+def _gate(
+    name: str, arm: Items, over: Items, task: str, score: str, arm_name: str, over_name: str, margin: float | None, confidence: float
+) -> dict[str, Any]:
+    """One gate: superiority where `margin` is None, else non-inferiority. p is against passing wrongly, p_fail against failing wrongly."""
+    paired = compare(arm, over, task, score, confidence)
+    decision = stats.superiority(paired) if margin is None else stats.non_inferiority(paired, margin)
+    kind = "superiority" if margin is None else "non-inferiority"
+    p_fail = compare(over, arm, task, score, confidence).p_above(margin or 0.0)
+    decided = {"margin": margin, "verdict": decision.verdict, "p": decision.p, "p_fail": p_fail, "items_needed": decision.items_needed}
+    return _row(name, kind, task, score, arm_name, over_name, paired) | decided
 
 
 def compare(arm: Items, over: Items, task: str, score: str, confidence: float) -> stats.Paired:
@@ -109,10 +124,6 @@ def _row(name: str, kind: str, task: str, score: str, arm: str, over: str, paire
         "smallest_effect": paired.smallest_effect,
         "method": paired.method,
     }
-
-
-def _decided(decision: stats.Decision, margin: float | None) -> dict[str, Any]:
-    return {"margin": margin, "verdict": decision.verdict, "p": decision.p, "items_needed": decision.items_needed}
 
 
 def _scores(items: list[dict[str, Any]]) -> list[str]:
@@ -163,31 +174,30 @@ def _floor(arms: Mapping[str, Items], seed: int, confidence: float) -> list[dict
     rows = []
     for task, items in sorted(arms["floor"].items()):
         ids = {item["id"] for item in items}
-        same = {task: [item for item in arms[f"qlora-{seed}"][task] if item["id"] in ids]}
+        # Rounding does not know of clusters, and a small floor may have but one.
+        plain, packed = (
+            [{**item, "cluster": [item["id"]]} for item in each if item["id"] in ids] for each in (items, arms[f"qlora-{seed}"][task])
+        )
         for score in _scores(items):
-            paired = compare(arms["floor"], same, task, score, confidence)
-            flips = sum(paired.discordant)
-            rows.append(
-                {
-                    "task": task,
-                    "score": score,
-                    "items": paired.items,
-                    "flips": flips,
-                    "difference": paired.difference,
-                    "low": paired.low,
-                    "high": paired.high,
-                }
-            )
+            paired = compare({task: plain}, {task: packed}, task, score, confidence)
+            measured = {"difference": paired.difference, "low": paired.low, "high": paired.high}
+            rows.append({"task": task, "score": score, "items": paired.items, "flips": sum(paired.discordant), **measured})
     return rows
 
 
 def sentence(verdict: str, gates: Sequence[Mapping[str, Any]]) -> str:
     """The verdict in one sentence, with its reason."""
-    first = next(gate for gate in gates if gate["kind"] == "superiority")
-    change = f"{100 * first['mean_over']:.0f}% to {100 * first['mean_arm']:.0f}% right answers on held-out questions"
+    gains = [gate for gate in gates if gate["kind"] == "superiority"]
+    first = gains[0]
+    change = (
+        f"{100 * first['mean_over']:.0f}% to {100 * first['mean_arm']:.0f}% right answers on held-out questions, {first['over']} to tuned"
+    )
     if verdict == "PASS":
-        return f"The tuned model is better than what you had ({change}) and kept the skills that were checked."
-    blocked = ", ".join(str(gate["name"]) for gate in gates if gate["verdict"] == ("FAIL" if verdict == "FAIL" else "INCONCLUSIVE"))
+        over = " and ".join(dict.fromkeys(str(gate["over"]) for gate in gains))
+        kept = [str(gate["task"]) for gate in gates if gate["kind"] == "non-inferiority"]
+        return f"The tuned model beats {over} ({change})" + (f" and kept {' and '.join(kept)} within the margins." if kept else ".")
     if verdict == "FAIL":
-        return f"Do not ship this model ({change}): not met: {blocked}."
-    return f"This study cannot decide yet ({change}): too few items to tell: {blocked}."
+        failed = ", ".join(str(gate["name"]) for gate in gates if gate["verdict"] == "FAIL")
+        return f"Do not ship this model ({change}): not met: {failed}."
+    open_gates = ", ".join(str(gate["name"]) for gate in gates if gate["verdict"] != "PASS")
+    return f"This study cannot decide yet ({change}): too few items to tell: {open_gates}."

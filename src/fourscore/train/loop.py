@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from fourscore import nf4, spec
-from fourscore.files import FourscoreError, hash_file, hash_json, write_json, write_jsonl
+from fourscore.files import FourscoreError, hash_file, hash_json, read_json, write_json, write_jsonl
 from fourscore.machine import peak_rss_bytes
 from fourscore.model import base_sha256, save_adapter
 from fourscore.progress import say, track
@@ -69,6 +69,18 @@ def train(
             return _Run(model, examples, held_out, settings, seed, out).go()
 
 
+def _finished_before(out: Path, key: str) -> TrainResult | None:
+    """The result of this very run where it was killed between its last file and its caller's next step."""
+    if not (out / "train.json").is_file():
+        return None
+    summary = read_json(out / "train.json")
+    weights = out / "adapter" / "adapter_model.safetensors"
+    if summary.get("key") != key or not weights.is_file() or hash_file(weights) != summary["adapter_sha256"]:
+        return None
+    remove_checkpoints(out / "checkpoint")
+    return TrainResult(out / "adapter", summary)
+
+
 class _Run:
     """The state of one training run."""
 
@@ -87,6 +99,8 @@ class _Run:
 
     def go(self) -> TrainResult:
         """Run or resume to the end."""
+        if (done := _finished_before(self.out, hash_json(self.key))) is not None:
+            return done
         found = load_checkpoint(self.out / "checkpoint", self.key)
         began = time.monotonic()
         if found is None:
@@ -194,6 +208,7 @@ class _Run:
             "trainable_parameters": sum(p.numel() for p in self.optimiser.parameters.values()),
             "threads": torch.get_num_threads(),
             "dtype": self.dtype,
+            "key": hash_json(self.key),
         }
         write_json(self.out / "train.json", summary)
         remove_checkpoints(self.out / "checkpoint")
