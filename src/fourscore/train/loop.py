@@ -6,6 +6,7 @@ again with the same arguments.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,10 @@ from fourscore.train.prior import label_prior_loss
 if TYPE_CHECKING:
     from fourscore.data import Row
     from fourscore.model import Model
+
+# oneDNN keeps compiled code for every shape it meets, 0.6 MB each, 1,024 of them: batches of many lengths would grow by 20 MB a
+# step. Read once, at the process's first product.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 @dataclass(frozen=True)

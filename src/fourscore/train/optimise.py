@@ -64,7 +64,7 @@ class Optimiser:
             )
         self.loss = AnswerLoss(network)
         self.adamw = torch.optim.AdamW(
-            list(self.parameters.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=True
+            list(self.parameters.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
 
     def learning_rate(self, step: int) -> float:
