@@ -48,7 +48,7 @@ def execute(study: Study, run: Path, until: str = "report", *, resume: bool = Tr
                 say(f"[{number}/{len(wanted)}] {step.title or step.name}")
                 if not resume:
                     shutil.rmtree(work_folder_of(run, step, key), ignore_errors=True)
-                publish.retract(run)
+                publish.retract(run, step.name)
                 finished = _run_step(study, inputs, run, step, key, done, where, lock)
             else:
                 say(f"[{number}/{len(wanted)}] {step.title or step.name}: done before")

@@ -9,7 +9,7 @@ from pathlib import Path
 from fourscore.files import atomic_file, atomic_folder, hash_file, hash_folder
 from fourscore.study.steps import Finished
 
-CONCLUSIONS = ("report.html", "report.json", "model-card.md", "verdict.json")
+REPORT = ("report.html", "report.json", "model-card.md")
 
 
 def places(done: Mapping[str, Finished]) -> Iterator[tuple[str, str, Finished]]:
@@ -46,11 +46,12 @@ def publish(run: Path, done: Mapping[str, Finished]) -> None:
         _remove_strangers(run, set(wanted))
 
 
-def retract(run: Path) -> None:
-    """Take away conclusions that a step about to run may change: an old verdict must not stand beside new measurements."""
-    for name in CONCLUSIONS:
+def retract(run: Path, step: str) -> None:
+    """Take away what the step about to run may change: an old verdict must not stand beside new measurements."""
+    for name in REPORT if step == "report" else (*REPORT, "verdict.json"):
         (run / name).unlink(missing_ok=True)
-    shutil.rmtree(run / "adapter", ignore_errors=True)
+    if step != "report":
+        shutil.rmtree(run / "adapter", ignore_errors=True)
 
 
 def _publish_adapter(run: Path, done: Mapping[str, Finished]) -> None:
