@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from fourscore.files import hash_file
 
 VERBS = ["init", "pull", "check", "plan", "train", "eval", "compare", "gate", "report", "run", "verify"]
 
@@ -92,7 +95,7 @@ model: {{name: {model}}}
 data:
   source: {source}
   prompt: {{user: "{{{{ q }}}}", answer: "{{{{ a }}}}"}}
-  choices: [yes it is, no]
+  choices: [yes it is, "no"]
   max_tokens: 64
 {more}"""
 
@@ -102,7 +105,7 @@ data:
     [
         ("", "", "empty"),
         ('{"q": "Is it?", "a": "perhaps"}\n', "", "perhaps"),
-        ('{"q": "Is it?"}\n', "", "`a`"),
+        ('{"q": "Is it?"}\n', "", "'a' is undefined"),
         ('{"q": "' + "why " * 300 + '", "a": "no"}\n', "", "max_tokens"),
         ('{"q": "Is it?", "a": "no"}\n{"q": \n', "", ":2"),
     ],
@@ -111,9 +114,63 @@ def test_bad_rows_give_one_clear_line(tmp_path: Path, tiny_llama: Path, rows: st
     good = "".join(json.dumps({"q": f"Is {n} it?", "a": "no" if n % 2 else "yes it is"}) + "\n" for n in range(30)) if rows else ""
     (tmp_path / "rows.jsonl").write_text(rows + good)
     (tmp_path / "bad.yaml").write_text(BAD.format(model=tiny_llama, source="rows.jsonl", more=more))
-    done = fourscore("check", str(tmp_path / "bad.yaml"), "--runs", str(tmp_path / "runs"))
+    assert says in refused(tmp_path, "check")
+    assert not list((tmp_path / "runs" / "bad" / "steps").glob("data-*"))
+
+
+def refused(folder: Path, verb: str, **environment: str) -> str:
+    """Run a verb on the study bad.yaml, which must end with exit code 1 and one clear line."""
+    done = fourscore(verb, str(folder / "bad.yaml"), "--runs", str(folder / "runs"), **environment)
     assert done.returncode == 1
+    assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("fourscore: ")]
     assert len(lines) == 1, done.stderr
-    assert says in lines[0]
-    assert not list((tmp_path / "runs" / "bad" / "steps").glob("data-*"))
+    return lines[0]
+
+
+def write_bad(folder: Path, model: Path | str, more: str = "", source: str = "rows.jsonl") -> None:
+    rows = [{"q": f"Is {n} it?", "a": "no" if n % 2 else "yes it is"} for n in range(40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "bad.yaml").write_text(BAD.format(model=model, source=source, more=more))
+
+
+def test_a_target_pattern_that_matches_nothing_names_the_layers_there_are(tmp_path: Path, tiny_llama: Path):
+    write_bad(tmp_path, tiny_llama, "train: {targets: [querry_proj]}\n")
+    line = refused(tmp_path, "plan")
+    assert "querry_proj" in line
+    assert "q_proj" in line
+
+
+def test_truncated_weights_are_named(tmp_path: Path, tiny_llama: Path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    write_bad(tmp_path, model)
+    assert "model.safetensors" in refused(tmp_path, "check")
+
+
+def test_a_wrong_hash_shows_both(tmp_path: Path, tiny_llama: Path):
+    write_bad(tmp_path, tiny_llama, source="rows.jsonl\n  sha256: " + "0a" * 32)
+    line = refused(tmp_path, "check")
+    assert "0a" * 32 in line
+    assert hash_file(tmp_path / "rows.jsonl") in line
+
+
+def test_without_a_network_one_line_says_so(tmp_path: Path):
+    write_bad(tmp_path, "smollm2-135m-instruct")
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    line = refused(
+        tmp_path, "check", FOURSCORE_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1", PIP_RETRIES="0", PIP_TIMEOUT="2", **nowhere
+    )
+    assert "network" in line or "reach" in line
+    assert not list((tmp_path / "home").rglob("*.whl"))
+
+
+def test_a_changed_data_file_is_read_again(tmp_path: Path, tiny_llama: Path):
+    write_bad(tmp_path, tiny_llama)
+    words = ("check", str(tmp_path / "bad.yaml"), "--runs", str(tmp_path / "runs"), "--json")
+    assert json.loads(fourscore(*words).stdout)["rows_read"] == 40
+    with open(tmp_path / "rows.jsonl", "a") as file:
+        file.write(json.dumps({"q": "One more?", "a": "no"}) + "\n")
+    assert json.loads(fourscore(*words).stdout)["rows_read"] == 41

@@ -91,6 +91,14 @@ class Data(Strict):
     def _one_group_as_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _quoted(cls, value: Any) -> Any:
+        plain = [v for v in value if not isinstance(v, str)] if isinstance(value, list) else []
+        if plain:
+            raise ValueError(f'YAML reads an answer as {plain[0]!r}, not as text: write it in quotes, for example "no"')
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Data:
         if self.source.startswith("wheel:") and self.sha256 is None:

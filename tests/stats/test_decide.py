@@ -88,12 +88,13 @@ def test_a_margin_is_a_loss_one_would_accept(margin: float) -> None:
 
 
 def test_a_study_passes_when_every_gate_does() -> None:
-    gates = {v: Decision(v, 0.5, None, 0.0) for v in ("PASS", "FAIL", "INCONCLUSIVE")}
-    assert intersection_union([gates["PASS"]] * 3) == "PASS"
-    assert intersection_union([gates["PASS"], gates["INCONCLUSIVE"]]) == "INCONCLUSIVE"
-    assert intersection_union([gates["PASS"], gates["INCONCLUSIVE"], gates["FAIL"]]) == "FAIL"
+    assert intersection_union(["PASS"] * 3, [1.0] * 3) == "PASS"
+    assert intersection_union(["PASS", "INCONCLUSIVE"], [1.0, 0.5]) == "INCONCLUSIVE"
+    assert intersection_union(["PASS", "INCONCLUSIVE", "FAIL"], [1.0, 0.5, 0.001]) == "FAIL"
+    # Holm: 0.04 is under 5% alone, but not among three.
+    assert intersection_union(["PASS", "INCONCLUSIVE", "FAIL"], [1.0, 0.5, 0.04]) == "INCONCLUSIVE"
     with pytest.raises(FourscoreError, match="no gate"):
-        intersection_union([])
+        intersection_union([], [])
 
 
 def test_holm_by_hand() -> None:

@@ -74,12 +74,18 @@ def _items_needed(paired: Paired, threshold: float) -> int | None:
     return enough if enough < _MOST_ITEMS else None
 
 
-def intersection_union(decisions: Sequence[Decision]) -> Verdict:
-    """The study: PASS if all gates pass, each at its own level (Berger 1982); FAIL if any fails; else INCONCLUSIVE."""
-    if not decisions:
-        raise FourscoreError("no gate to decide", where="verdict", todo="name at least one gate")
-    verdicts = {d.verdict for d in decisions}
-    return "FAIL" if "FAIL" in verdicts else "INCONCLUSIVE" if "INCONCLUSIVE" in verdicts else "PASS"
+def intersection_union(verdicts: Sequence[Verdict], p_fail: Sequence[float], level: float = 0.05) -> Verdict:
+    """The study's verdict from its gates' verdicts. `p_fail`: one-sided p-values against failing wrongly, one a gate.
+
+    PASS if all gates pass, each at its own level (Berger 1982). FAIL if a failed gate still fails at `level` once Holm has
+    corrected for the number of gates. Else INCONCLUSIVE.
+    """
+    if not verdicts or len(verdicts) != len(p_fail):
+        raise FourscoreError("no gate to decide", where="verdict", todo="name at least one gate, each with its p-value")
+    if all(verdict == "PASS" for verdict in verdicts):
+        return "PASS"
+    failed = any(v == "FAIL" and p <= level for v, p in zip(verdicts, holm(p_fail), strict=True))
+    return "FAIL" if failed else "INCONCLUSIVE"
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

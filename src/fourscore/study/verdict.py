@@ -41,9 +41,10 @@ def derive(study: Study, arms: Mapping[str, Items], losses: Mapping[int, Mapping
         name = f"{skill.task} kept within {100 * skill.margin:g} points"
         reference = arms["base-16bit"]
         gates.append(_gate(name, shipped, reference, skill.task, "likelihood", f"qlora-{seed}", "base-16bit", skill.margin, confidence))
-    for gate, adjusted in zip(gates, stats.holm([gate["p_fail"] for gate in gates]), strict=True):
-        gate["p_holm"] = float(adjusted)
-    verdict = verdict_of(gates, confidence)
+    against_failing = [gate["p_fail"] for gate in gates]
+    for gate, adjusted in zip(gates, stats.holm(against_failing), strict=True):
+        gate["p_holm"] = adjusted
+    verdict = stats.intersection_union([gate["verdict"] for gate in gates], against_failing, 1 - confidence)
     return {
         "study": study.study,
         "verdict": verdict,
@@ -54,17 +55,6 @@ def derive(study: Study, arms: Mapping[str, Items], losses: Mapping[int, Mapping
         "recipe": _recipe(study, arms),
         "floor": _floor(arms, seed, confidence),
     }
-
-
-def verdict_of(gates: Sequence[Mapping[str, Any]], confidence: float) -> str:
-    """PASS when every gate passes, each at its own level (intersection-union, Berger 1982).
-
-    FAIL when a failed gate still fails once Holm has corrected for the number of gates; else INCONCLUSIVE.
-    """
-    if all(gate["verdict"] == "PASS" for gate in gates):
-        return "PASS"
-    failed = any(gate["verdict"] == "FAIL" and gate["p_holm"] <= 1 - confidence for gate in gates)
-    return "FAIL" if failed else "INCONCLUSIVE"
 
 
 def _gate(
