@@ -1,4 +1,4 @@
-// AVX-512 with bf16 dot products: two products a lane, summed in f32.
+// AVX-512 with bf16 dot products (two products a lane, summed in f32) and byte permutations (VBMI).
 #define FOURSCORE_ISA avx512bf16
 #include "avx512.h"
 

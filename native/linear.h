@@ -154,8 +154,13 @@ inline void dot_packed(const Weight& w, Float round, i64 n, const typename O::E*
             for (int j = 0; j < J; ++j) acc[i][j] = O::zero();
         for (i64 u = u0; u < end; ++u) {
             const typename O::E* xu = x + u * kUnit;
+            // Rows to come, on their way from memory to L2: one row alone is too short a stream for the machine to foresee the next.
+            if (u % 2 == 0) {
+#pragma GCC unroll 8
+                for (int j = 0; j < J; ++j) __builtin_prefetch(bytes[j] + J * w.cols + u * 32, 0, 2);
+            }
             // A few rows of W at a time, so that additions to one sum do not follow each other.
-            constexpr int kTogether = R == 1 ? 8 : R == 2 ? 4 : 2;
+            constexpr int kTogether = R == 1 ? 8 : R <= 3 ? 4 : 2;
 #pragma GCC unroll 8
             for (int j0 = 0; j0 < J; j0 += kTogether) {
                 typename O::Vec v[kTogether][kVectors<O>];

@@ -27,7 +27,7 @@ std::vector<const Backend*> all() {
     __builtin_cpu_init();
     bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                 __builtin_cpu_supports("avx512vl");
-    if (wide && __builtin_cpu_supports("avx512bf16")) found.push_back(&kAvx512Bf16);
+    if (wide && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi")) found.push_back(&kAvx512Bf16);
     if (wide) found.push_back(&kAvx512);
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) found.push_back(&kAvx2);
 #endif
