@@ -32,6 +32,13 @@ def test_choices_stay_with_a_context_longer_than_the_budget() -> None:
     assert len(pack.ids) == 103
 
 
+def test_no_pack_of_several_is_above_the_most_that_a_network_takes() -> None:
+    context = list(range(20))
+    sizes = [len(pack.ids) for pack in packs([[*context, n, n] for n in range(100, 110)], budget=20, most=30)]
+    assert max(sizes) <= 30
+    assert len(sizes) == 2
+
+
 def test_a_new_pack_begins_at_the_budget() -> None:
     sizes = [len(pack.ids) for pack in packs([[i] * 10 for i in range(7)], budget=30)]
     assert sizes == [30, 30, 10]

@@ -38,6 +38,8 @@ def some_requests() -> list[Request]:
     ids = random_ids(300)
     contexts = [ids[k * 20 : k * 20 + 6 + 7 * k] for k in range(5)]
     requests = [(c, ids[200 + 9 * k + n : 200 + 9 * k + 2 * n]) for k, c in enumerate(contexts) for n in (1, 4, 6)]
+    shared = ids[240:254]
+    requests += [([*shared, *ids[260 + n : 261 + n]], [n + 5]) for n in range(30)]  # more than any window here, below one beginning
     return [*requests, (ids[100:103], ids[103:140]), (ids[:1], ids[1:2])]
 
 

@@ -51,7 +51,7 @@ class Engine:
         self.model, self.tokenizer = model, model.tokenizer
         self.adapters = Adapters(model.network, adapters or {})
         self.runner = Runner(self.adapters.network)
-        self.pack_tokens = min(pack_tokens, self.runner.reach or pack_tokens)
+        self.pack_tokens = pack_tokens
         self.stop_ids = _stop_ids(model)
         self.path: Literal["packed", "plain"] = path
         self._cached: bool | None = None
@@ -223,7 +223,8 @@ class Engine:
         """Logits of the last `tails[i]` places of each sequence: (numbers of the sequences, logits, each one's rows in them)."""
         alone = [self.path == "plain" or (self.runner.reach is not None and len(s) > self.runner.reach) for s in sequences]
         together = [i for i, lonely in enumerate(alone) if not lonely]
-        for pack in packs([sequences[i] for i in together], self.pack_tokens):
+        most = min((n for n in (self.runner.reach, self.runner.limit) if n is not None), default=None)
+        for pack in packs([sequences[i] for i in together], self.pack_tokens, most):
             members = [together[m] for m in pack.members]
             tail = [path[len(path) - tails[m] :] for m, path in zip(members, pack.paths, strict=True)]
             places = sorted({place for path in tail for place in path})

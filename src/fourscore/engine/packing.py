@@ -41,12 +41,13 @@ class Pack:
         return (place[None, :] <= place[:, None]) & (place[:, None] <= torch.tensor(self.last)[None, :])
 
 
-def packs(sequences: Sequence[Sequence[int]], budget: int) -> Iterator[Pack]:
+def packs(sequences: Sequence[Sequence[int]], budget: int, most: int | None = None) -> Iterator[Pack]:
     """Lay the sequences out in packs of about `budget` tokens. Every sequence is in exactly one pack.
 
     A pack is longer than the budget when one sequence is, or while a sequence shares more with the one before than it adds
-    (then a new pack would compute the shared part again), up to four budgets.
+    (then a new pack would compute the shared part again), up to four budgets and never above `most`.
     """
+    most = budget * OVERFULL if most is None else min(most, budget * OVERFULL)
     order = sorted(range(len(sequences)), key=lambda i: (tuple(sequences[i]), i))
     start = 0
     while start < len(order):
@@ -55,7 +56,7 @@ def packs(sequences: Sequence[Sequence[int]], budget: int) -> Iterator[Pack]:
         while stop < len(order):
             shared = _shared(sequences[order[stop - 1]], sequences[order[stop]])
             new = len(sequences[order[stop]]) - shared
-            limit = budget * OVERFULL if shared > new else budget
+            limit = most if shared > new else min(budget, most)
             if size + new > limit and new > 0:
                 break
             size += new
