@@ -65,99 +65,6 @@ struct Parts {
 };
 constexpr Parts kParts;
 
-struct Codec : PlainCodec {
-    static u32 absmax(const void* source, Float type, i64 start, i64 count) {
-        if (type == Float::f32) {
-            __m512i magnitude = _mm512_set1_epi32(0x7fffffff), largest = _mm512_setzero_si512();
-            for (i64 i = 0; i < count; i += 16)
-                largest = _mm512_max_epu32(
-                    largest, _mm512_and_si512(_mm512_castps_si512(load16(source, start + i, Float::f32)), magnitude));
-            return _mm512_reduce_max_epu32(largest);
-        }
-        __m256i magnitude = _mm256_set1_epi16(0x7fff), largest = _mm256_setzero_si256();
-        const u16* p = static_cast<const u16*>(source) + start;
-        for (i64 i = 0; i < count; i += 16)
-            largest = _mm256_max_epu16(largest, _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i)), magnitude));
-        // minpos finds the least of 8: of the complements.
-        __m128i eight = _mm_max_epu16(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
-        u16 half = static_cast<u16>(~_mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi16(-1))), 0));
-        return bits_of(type == Float::bf16 ? from_bf16(half) : from_f16(half));
-    }
-
-    static void codes(const void* source, Float type, i64 start, i64 count, float inverse, u8* packed) {
-        const __m512 scale = _mm512_set1_ps(inverse), sixteen = _mm512_set1_ps(16.0f);
-        const __m512 m0 = _mm512_load_ps(kParts.midpoint), m1 = _mm512_load_ps(kParts.midpoint + 16);
-        const __m512i c0 = _mm512_load_si512(kParts.code), c1 = _mm512_load_si512(kParts.code + 16);
-        const __m512i last = _mm512_set1_epi32(31), one = _mm512_set1_epi32(1);
-        for (i64 i = 0; i < count; i += 16) {
-            __m512 v = _mm512_mul_ps(load16(source, start + i, type), scale);
-            __m512i part = _mm512_min_epi32(_mm512_cvttps_epi32(_mm512_fmadd_ps(v, sixteen, sixteen)), last);
-            __mmask16 above = _mm512_cmp_ps_mask(v, _mm512_permutex2var_ps(m0, part, m1), _CMP_GT_OQ);
-            __m512i code = _mm512_permutex2var_epi32(c0, part, c1);
-            code = _mm512_mask_add_epi32(code, above, code, one);
-            __m512i pairs = _mm512_or_si512(_mm512_slli_epi64(code, 4), _mm512_srli_epi64(code, 32));
-            _mm_storel_epi64(reinterpret_cast<__m128i*>(packed + (start + i) / 2), _mm512_cvtepi64_epi8(pairs));
-        }
-    }
-
-    static void expand(const u8* packed, i64 bytes, float scale, void* out, Float type) {
-        const __m512 product = _mm512_mul_ps(values(), _mm512_set1_ps(scale));
-        const __m128i nibble = _mm_set1_epi8(15);
-        i64 done = 0;
-        if (type == Float::f32) {
-            float* o = static_cast<float*>(out);
-            for (; done + 16 <= bytes; done += 16) {
-                __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + done));
-                __m128i first = _mm_and_si128(_mm_srli_epi16(b, 4), nibble), second = _mm_and_si128(b, nibble);
-                _mm512_storeu_ps(o + 2 * done, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(first, second)), product));
-                _mm512_storeu_ps(o + 2 * done + 16, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_unpackhi_epi8(first, second)), product));
-            }
-        } else {
-            const __m512i table = _mm512_castsi256_si512(half_16(product, type));
-            u16* o = static_cast<u16*>(out);
-            for (; done + 16 <= bytes; done += 16) {
-                __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + done));
-                __m128i first = _mm_and_si128(_mm_srli_epi16(b, 4), nibble), second = _mm_and_si128(b, nibble);
-                __m256i c = _mm256_set_m128i(_mm_unpackhi_epi8(first, second), _mm_unpacklo_epi8(first, second));
-                _mm512_storeu_si512(o + 2 * done, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(c), table));
-            }
-        }
-        PlainCodec::expand(packed + done, bytes - done, scale, at(out, 2 * done, type), type);
-    }
-};
-
-static inline void store_rounded(const float* values, const float* bias, i64 n, void* out, Float type) {
-    i64 i = 0;
-    for (; i + 16 <= n; i += 16) {
-        __m512 v = _mm512_loadu_ps(values + i);
-        store16(out, i, type, bias ? _mm512_add_ps(v, _mm512_loadu_ps(bias + i)) : v);
-    }
-    for (; i < n; ++i) store_one(out, i, type, bias ? values[i] + bias[i] : values[i]);
-}
-
-// Lane sums, always in one order: lanes 0 + 2 and 1 + 3 of each quarter, the two of them, quarters 0 + 2 and 1 + 3, the two of
-// them. Sixteen sums at once share the shuffles; four at a time for what is left.
-static inline __m512 halves(__m512 a, __m512 b) {
-    __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
-    return _mm512_add_ps(_mm512_castpd_ps(_mm512_mask_blend_pd(0xaa, x, y)), _mm512_castpd_ps(_mm512_shuffle_pd(x, y, 0x55)));
-}
-static inline __m512 quarters_of4(const __m512* a) {
-    __m512 ab = halves(a[0], a[1]), cd = halves(a[2], a[3]);
-    return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x88), _mm512_shuffle_ps(ab, cd, 0xdd));
-}
-static inline void add_up4(const __m512* a, float* out) {
-    __m512 s = quarters_of4(a);
-    __m256 t = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
-}
-static inline __m512 opposite_quarters(__m512 a, __m512 b) {
-    return _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e));
-}
-static inline void add_up16(const __m512 (*a)[4], float* out) {
-    __m512 s = opposite_quarters(quarters_of4(a[0]), quarters_of4(a[1]));
-    __m512 t = opposite_quarters(quarters_of4(a[2]), quarters_of4(a[3]));
-    _mm512_storeu_ps(out, _mm512_add_ps(_mm512_shuffle_f32x4(s, t, 0x88), _mm512_shuffle_f32x4(s, t, 0xdd)));
-}
 #ifdef __AVX512VBMI__
 // out[i] = table[codes[i]], for whole groups of 64; gives how many. The table is taken apart into its four byte planes, each of
 // which fits four registers, and 64 codes are looked up at once: several times faster than loading value by value.
@@ -228,6 +135,108 @@ static inline void scales_of(const Weight& w, i64 first, i64 count, float* out) 
     }
 }
 
+struct Codec : PlainCodec {
+    static u32 absmax(const void* source, Float type, i64 start, i64 count) {
+        if (type == Float::f32) {
+            __m512i magnitude = _mm512_set1_epi32(0x7fffffff), largest = _mm512_setzero_si512();
+            for (i64 i = 0; i < count; i += 16)
+                largest = _mm512_max_epu32(
+                    largest, _mm512_and_si512(_mm512_castps_si512(load16(source, start + i, Float::f32)), magnitude));
+            return _mm512_reduce_max_epu32(largest);
+        }
+        __m256i magnitude = _mm256_set1_epi16(0x7fff), largest = _mm256_setzero_si256();
+        const u16* p = static_cast<const u16*>(source) + start;
+        for (i64 i = 0; i < count; i += 16)
+            largest = _mm256_max_epu16(largest, _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i)), magnitude));
+        // minpos finds the least of 8: of the complements.
+        __m128i eight = _mm_max_epu16(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+        u16 half = static_cast<u16>(~_mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi16(-1))), 0));
+        return bits_of(type == Float::bf16 ? from_bf16(half) : from_f16(half));
+    }
+
+    static void codes(const void* source, Float type, i64 start, i64 count, float inverse, u8* packed) {
+        const __m512 scale = _mm512_set1_ps(inverse), sixteen = _mm512_set1_ps(16.0f);
+        const __m512 m0 = _mm512_load_ps(kParts.midpoint), m1 = _mm512_load_ps(kParts.midpoint + 16);
+        const __m512i c0 = _mm512_load_si512(kParts.code), c1 = _mm512_load_si512(kParts.code + 16);
+        const __m512i last = _mm512_set1_epi32(31), one = _mm512_set1_epi32(1);
+        for (i64 i = 0; i < count; i += 16) {
+            __m512 v = _mm512_mul_ps(load16(source, start + i, type), scale);
+            __m512i part = _mm512_min_epi32(_mm512_cvttps_epi32(_mm512_fmadd_ps(v, sixteen, sixteen)), last);
+            __mmask16 above = _mm512_cmp_ps_mask(v, _mm512_permutex2var_ps(m0, part, m1), _CMP_GT_OQ);
+            __m512i code = _mm512_permutex2var_epi32(c0, part, c1);
+            code = _mm512_mask_add_epi32(code, above, code, one);
+            __m512i pairs = _mm512_or_si512(_mm512_slli_epi64(code, 4), _mm512_srli_epi64(code, 32));
+            _mm_storel_epi64(reinterpret_cast<__m128i*>(packed + (start + i) / 2), _mm512_cvtepi64_epi8(pairs));
+        }
+    }
+
+    static void expand(const u8* packed, i64 bytes, float scale, void* out, Float type) {
+        const __m512 product = _mm512_mul_ps(values(), _mm512_set1_ps(scale));
+        i64 done = 0;
+        if (type == Float::f32) {
+            const __m128i nibble = _mm_set1_epi8(15);
+            float* o = static_cast<float*>(out);
+            for (; done + 16 <= bytes; done += 16) {
+                __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + done));
+                __m128i first = _mm_and_si128(_mm_srli_epi16(b, 4), nibble), second = _mm_and_si128(b, nibble);
+                _mm512_storeu_ps(o + 2 * done, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(first, second)), product));
+                _mm512_storeu_ps(o + 2 * done + 16, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_unpackhi_epi8(first, second)), product));
+            }
+        } else {
+            // Twice, since an index has a fifth bit that means nothing.
+            const __m512i table = _mm512_broadcast_i64x4(half_16(product, type));
+            u16* o = static_cast<u16*>(out);
+            for (; done + 16 <= bytes; done += 16) {
+                __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + done));
+#ifdef __AVX512VBMI__
+                // Two bytes to 64 bits, from which four 16-bit fields take their four bits from 4, 0, 12 and 8 on.
+                __m512i codes = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x0008000c00000004), _mm512_cvtepu16_epi64(b));
+#else
+                // A byte to 32 bits: b >> 4 below, b above.
+                __m512i wide = _mm512_cvtepu8_epi32(b);
+                __m512i codes = _mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16));
+#endif
+                _mm512_storeu_si512(o + 2 * done, _mm512_permutexvar_epi16(codes, table));
+            }
+        }
+        PlainCodec::expand(packed + done, bytes - done, scale, at(out, 2 * done, type), type);
+    }
+
+    static void scales(const Weight& w, i64 first, i64 count, float* out) { scales_of(w, first, count, out); }
+};
+
+static inline void store_rounded(const float* values, const float* bias, i64 n, void* out, Float type) {
+    i64 i = 0;
+    for (; i + 16 <= n; i += 16) {
+        __m512 v = _mm512_loadu_ps(values + i);
+        store16(out, i, type, bias ? _mm512_add_ps(v, _mm512_loadu_ps(bias + i)) : v);
+    }
+    for (; i < n; ++i) store_one(out, i, type, bias ? values[i] + bias[i] : values[i]);
+}
+
+// Lane sums, always in one order: lanes 0 + 2 and 1 + 3 of each quarter, the two of them, quarters 0 + 2 and 1 + 3, the two of
+// them. Sixteen sums at once share the shuffles; four at a time for what is left.
+static inline __m512 halves(__m512 a, __m512 b) {
+    __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_mask_blend_pd(0xaa, x, y)), _mm512_castpd_ps(_mm512_shuffle_pd(x, y, 0x55)));
+}
+static inline __m512 quarters_of4(const __m512* a) {
+    __m512 ab = halves(a[0], a[1]), cd = halves(a[2], a[3]);
+    return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x88), _mm512_shuffle_ps(ab, cd, 0xdd));
+}
+static inline void add_up4(const __m512* a, float* out) {
+    __m512 s = quarters_of4(a);
+    __m256 t = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
+}
+static inline __m512 opposite_quarters(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e));
+}
+static inline void add_up16(const __m512 (*a)[4], float* out) {
+    __m512 s = opposite_quarters(quarters_of4(a[0]), quarters_of4(a[1]));
+    __m512 t = opposite_quarters(quarters_of4(a[2]), quarters_of4(a[3]));
+    _mm512_storeu_ps(out, _mm512_add_ps(_mm512_shuffle_f32x4(s, t, 0x88), _mm512_shuffle_f32x4(s, t, 0xdd)));
+}
 // 4 or 8 outputs, finished.
 template <int N>
 static inline void store_few(const float* values, const float* bias, void* out, Float type) {

@@ -1,6 +1,6 @@
 // Quantise and dequantise, over blocks and threads. What differs between instruction sets comes from the backend as
 // Codec::absmax (bits of the largest magnitude of a block), Codec::codes (a full block) and Codec::expand (whole bytes that
-// share one scale).
+// share one scale) and Codec::scales.
 #pragma once
 
 #include <atomic>
@@ -57,7 +57,9 @@ struct PlainCodec {
         }
     }
 
-    static void fence() {}
+    static void scales(const Weight& w, i64 first, i64 count, float* out) {
+        for (i64 i = 0; i < count; ++i) out[i] = scale_of(w, first + i);
+    }
 };
 
 constexpr i64 kSlice = 1 << 16;  // values a thread takes at a time
@@ -114,12 +116,14 @@ void dequantize(const Weight& w, void* out, Float type, int threads) {
         [](void* p, i64 task) {
             Job& j = *static_cast<Job*>(p);
             i64 block = j.w.block, end = least(ceil_div(j.n, block), (task + 1) * j.per_task);
-            for (i64 b = task * j.per_task; b < end; ++b) {
+            i64 first = task * j.per_task;
+            float scales[kSlice / 32];  // 32: the smallest block
+            Codec::scales(j.w, first, end - first, scales);
+            for (i64 b = first; b < end; ++b) {
                 i64 start = b * block, count = least(block, j.n - start);
-                Codec::expand(j.w.packed + start / 2, count / 2, scale_of(j.w, b), at(j.out, start, j.type), j.type);
+                Codec::expand(j.w.packed + start / 2, count / 2, scales[b - first], at(j.out, start, j.type), j.type);
                 if (count % 2) store_one(j.out, j.n - 1, j.type, value_at(j.w, j.n - 1));
             }
-            Codec::fence();
         },
         &job);
 }
