@@ -110,7 +110,7 @@ def _evaluate_seconds(study: Study, base: Path, data: Path, check: Mapping[str, 
 def _timed_arm(
     arm: str, study: Study, base: Path, data: Path, items: Mapping[str, int], limit: int, path: Literal["packed", "plain"]
 ) -> float:
-    """Seconds of an arm over `items`, stretched from the first `limit` of each task; loading and latency are not stretched."""
+    """Seconds of an arm over `items`, stretched from `limit` of each task; loading and latency are not stretched."""
     from fourscore.evaluate import evaluate_arm
 
     with tempfile.TemporaryDirectory() as folder:
