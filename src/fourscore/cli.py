@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -307,10 +308,19 @@ def _print(as_json: bool, value: Any, text: str | None) -> None:
     print(json.dumps(value, ensure_ascii=False, allow_nan=False) if as_json else text)
 
 
+class Stopped(BaseException):
+    """Ctrl-C. Not a KeyboardInterrupt, which typer would answer with a word of its own and exit code 1."""
+
+
+def _stop(number: int, frame: object) -> None:
+    raise Stopped
+
+
 def main() -> None:
     """Entry point: one clear line for an error, a traceback only with --debug."""
     from fourscore.files import FourscoreError, disk_error
 
+    signal.signal(signal.SIGINT, _stop)
     try:
         app()
     except BrokenPipeError:  # the reader went away (`fourscore ... | head`): nothing to say, and nobody to say it to
@@ -324,7 +334,7 @@ def main() -> None:
             print(json.dumps({"error": {"what": error.what, "where": error.where, "todo": error.todo}}))
         print(f"fourscore: {error}", file=sys.stderr)
         sys.exit(error.code)
-    except KeyboardInterrupt:
+    except Stopped:
         print("\nfourscore: stopped. Run the same command to go on where it was.", file=sys.stderr)
         sys.exit(130)
 

@@ -181,3 +181,18 @@ def test_one_changed_byte_is_found(finished: Path, target: str):
     finally:
         path.write_bytes(whole)
     assert subprocess.run([sys.executable, "-m", "fourscore.cli", "verify", str(run)], capture_output=True).returncode == 0
+
+
+def test_ctrl_c_is_one_line_and_exit_130(tmp_path: Path, tiny_llama: Path):
+    study = write_study(tmp_path, tiny_llama)
+    words = [word for word in command(study, tmp_path) if word != "--json"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if line.startswith("[3/"):
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the program and all its children
+    assert process.wait() == 130
+    assert said.rstrip().endswith("fourscore: stopped. Run the same command to go on where it was.")
+    assert "Traceback" not in said

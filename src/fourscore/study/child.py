@@ -12,7 +12,8 @@ from pathlib import Path
 
 
 def die_with_parent(parent: int) -> None:
-    """Linux: be killed when the parent is, so that a killed study never goes on writing."""
+    """Linux: be killed when the parent is, so that a killed study never goes on writing. Ctrl-C is the parent's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_parent_death_signal = 1
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
@@ -52,8 +53,6 @@ def main() -> int:
             "free some space and run the same command again; finished steps are kept" if full else "check the path and its rights",
         )
         return _debug(error)
-    except KeyboardInterrupt:
-        return 130
     except Exception as error:  # the last stop of an unforeseen fault: one line for the user, the traceback with --debug
         _tell(
             writer,
