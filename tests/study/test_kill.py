@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,7 +94,11 @@ def test_twenty_kills_change_nothing(tmp_path: Path, tiny_llama: Path):
                 process.kill()
         code = process.wait()
         if code in (0, 3, 4):
-            break
+            # Done before the last kill, on a fast machine: the late steps are taken away, and the other kills fall on them.
+            for late in ("evaluate-qlora", "floor", "verdict", "report"):
+                for folder in (tmp_path / "killed" / "small" / "steps").glob(f"{late}*"):
+                    shutil.rmtree(folder)
+            continue
         killed += 1
         nothing_looks_finished_that_is_not(tmp_path / "killed" / "small")
         if killed == KILLS:
