@@ -21,11 +21,23 @@ def die_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def without_bitsandbytes() -> None:
+    """Keep PEFT from importing bitsandbytes on a machine without a GPU, where nothing here uses it.
+
+    Installed for other reasons, it would cost every step seconds and hundreds of megabytes, and look for a kernel on the network.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # Python's own way to say: not to be had
+
+
 def main() -> int:
     """Run the step that stdin names. Exit code 0, or 1 with the error as JSON in the pipe."""
     writer, parent = int(sys.argv[1]), int(sys.argv[2])
     die_with_parent(parent)
     order = json.loads(sys.stdin.buffer.read())
+    without_bitsandbytes()
     from fourscore.files import FourscoreError
 
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fourscore.files import FourscoreError
 from fourscore.spec import Study
-from fourscore.study.child import die_with_parent
+from fourscore.study.child import die_with_parent, without_bitsandbytes
 
 
 def probe_training(study: Study, base: Path, data: Path) -> dict[str, Any]:
@@ -38,6 +38,7 @@ def probe_training(study: Study, base: Path, data: Path) -> dict[str, Any]:
 def main() -> int:
     """Read the order from stdin, print what was measured as one line of JSON."""
     die_with_parent(int(sys.argv[1]))
+    without_bitsandbytes()
     asked = json.loads(sys.stdin.read())
     try:
         told = probe_training(Study.model_validate(asked["study"]), Path(asked["base"]), Path(asked["data"]))
