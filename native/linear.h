@@ -8,6 +8,7 @@
 //   load load_x zero fma sums   dot product over k; sums<R, J> adds up the lanes of R x J sums, in a fixed order
 //   scales table decode         of neighbouring blocks; the values a code can have; packed bytes -> vectors of a unit
 //   decode2                     the same for two rows (Few)
+//   multiply                    optional (Few): a unit of J rows decoded and added to R x J sums in one go, in place of decode2 and fma
 //   place lay_out natural       a unit from natural order to the order of `decode`, for W (kPer rows) and x; and back
 //   columns spread              vectors of W and dy for backward, whose lanes run along k
 //
@@ -158,6 +159,10 @@ inline void dot_packed(const Weight& w, Float round, i64 n, const typename O::E*
             if (u % 2 == 0) {
 #pragma GCC unroll 8
                 for (int j = 0; j < J; ++j) __builtin_prefetch(bytes[j] + J * w.cols + u * 32, 0, 2);
+            }
+            if constexpr (requires { O::template multiply<R, J>(bytes, scale, u, xu, x_stride, acc); }) {
+                O::template multiply<R, J>(bytes, scale, u, xu, x_stride, acc);
+                continue;
             }
             // A few rows of W at a time, so that additions to one sum do not follow each other.
             constexpr int kTogether = R == 1 ? 8 : R <= 3 ? 4 : 2;
