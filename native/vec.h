@@ -91,6 +91,9 @@ static inline void store_some(void* p, i64 i, i64 count, Vec v) {
 
 // Lanes added in halves, quarters, ...
 static inline float add_up(Vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps(v);
+#endif
     float lanes[kLanes];
     std::memcpy(lanes, &v, sizeof v);
     for (i64 half = kLanes / 2; half; half /= 2)
@@ -98,6 +101,9 @@ static inline float add_up(Vec v) {
     return lanes[0];
 }
 static inline float largest(Vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(v);
+#endif
     float lanes[kLanes];
     std::memcpy(lanes, &v, sizeof v);
     for (i64 half = kLanes / 2; half; half /= 2)
