@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "nf4.h"
+#include "ops_module.h"
 
 namespace nb = nanobind;
 using namespace fourscore;
@@ -45,6 +46,7 @@ bool choose(const std::string& name) {
     for (const Backend* b : all())
         if (name == b->name) {
             backend = b;
+            choose_operations(b->name);
             return true;
         }
     return false;
@@ -129,6 +131,7 @@ void backward(const PackedWeight& p, Address dy, i64 m, i64 dy_stride, int type,
 NB_MODULE(_native, m) {
     m.doc() = "NF4 kernels; see fourscore.nf4.kernels, which checks what goes in.";
     backend = all().front();
+    choose_operations(backend->name);
     m.def("available", &available);
     m.def("backend", [] { return std::string(backend->name); });
     m.def("choose", &choose);
@@ -138,4 +141,5 @@ NB_MODULE(_native, m) {
     m.def("dequantize", &dequantize);
     m.def("forward", &forward);
     m.def("backward", &backward);
+    define_operations(m);
 }

@@ -8,7 +8,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen2Config, Qwen2ForC
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fourscore.nf4 import replace_linears
-from fourscore.train.fused import _ShortAttention, fused, fused_norms
+from fourscore.train.attention import _ShortAttention
+from fourscore.train.fused import fused, fused_norms
 from fourscore.train.lora import fused_lora
 
 

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourscore.files import FourscoreError
+from fourscore.train.ops import nats_
 
-CHUNK = 128  # positions whose f32 logits exist at one time: 25 MB at a vocabulary of 49,152
+CHUNK = 256  # positions whose logits exist at one time: 25 MB of bf16 at a vocabulary of 49,152; 128 cost 6% more, 64 twice that
 SHOWN = 4  # positions on which the model's own logits are compared with its head's output
 
 
@@ -70,7 +71,8 @@ class AnswerLoss:
                     todo="train another architecture, or report this model",
                 )
             caught.append(hidden.flatten(0, 1).index_select(0, positions))
-            return (caught[0][None] if everything else caught[0][None, :1].detach(),)
+            # A copy of the first: a slice keeps the whole's strides, and torch then copies the head's weights.
+            return (caught[0][None] if everything else caught[0][:1].detach().clone()[None],)
 
         handle = self.head.register_forward_pre_hook(gather)
         try:
@@ -102,14 +104,10 @@ class _ChunkedNats(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for first in range(0, len(targets), CHUNK):
             rows = slice(first, first + CHUNK)
-            wanted = targets[rows, None]
-            logits = F.linear(hidden[rows], weight, bias).float()
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            total += (normaliser - logits.gather(-1, wanted)).sum()
+            logits = F.linear(hidden[rows], weight, bias)
+            total += nats_(logits, targets[rows], gradient is not None).sum()
             if gradient is not None:
-                share = logits.sub_(normaliser).exp_()
-                share.scatter_add_(-1, wanted, torch.full_like(normaliser, -1.0))
-                gradient[rows] = share.to(hidden.dtype) @ weight
+                torch.mm(logits, weight, out=gradient[rows])
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
