@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fourscore.nf4 import NF4Linear, kernels
+from fourscore.train import ops
 
 
 @contextlib.contextmanager
@@ -265,7 +266,7 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, facts: Sequence[Any], *parameters: Tensor) -> Tensor:
         (gate, up), h, masks = _forward_of(x, facts[:2], parameters[:4])
-        (y,), inner, further = _forward_of(_swiglu(gate, up), facts[2:], parameters[4:])
+        (y,), inner, further = _forward_of(ops.swiglu(gate, up), facts[2:], parameters[4:])
         ctx.save_for_backward(x, gate, up, h, inner, *parameters, *masks, *further)
         ctx.facts = facts
         return y
@@ -276,23 +277,12 @@ class _Gated(torch.autograd.Function):
         x, gate, up, h, inner, *rest = ctx.saved_tensors
         parameters, masks = rest[:6], rest[6:]
         shared = sum(dropout > 0 for _, _, dropout in ctx.facts[:2])
-        given, of_down = _backward_of([dy], _swiglu(gate, up), inner, ctx.facts[2:], parameters[4:], masks[shared:], True)
+        given, of_down = _backward_of([dy], ops.swiglu(gate, up), inner, ctx.facts[2:], parameters[4:], masks[shared:], True)
         assert given is not None
-        dgate, dup = _swiglu_backward(given, gate, up)
+        dgate, dup = ops.swiglu_backward(given, gate, up)
         del given
         dx, of_both = _backward_of([dgate, dup], x, h, ctx.facts[:2], parameters[:4], masks[:shared], ctx.needs_input_grad[0])
         return dx, None, *of_both, *of_down
-
-
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up."""
-    return F.silu(gate).mul_(up)
-
-
-def _swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up. dy is used up."""
-    dgate = torch.ops.aten.silu_backward(dy * up, gate)
-    return dgate, dy.mul_(F.silu(gate))
 
 
 def _stacked(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
