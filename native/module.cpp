@@ -4,9 +4,6 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <cmath>
-#include <cstring>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -22,28 +19,14 @@ namespace {
 
 const Backend* backend = nullptr;
 
-std::vector<const Backend*> all() {
-    std::vector<const Backend*> found;
-#ifdef FOURSCORE_X86
-    __builtin_cpu_init();
-    bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                __builtin_cpu_supports("avx512vl");
-    if (wide && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi")) found.push_back(&kAvx512Bf16);
-    if (wide) found.push_back(&kAvx512);
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) found.push_back(&kAvx2);
-#endif
-    found.push_back(&kScalar);
-    return found;
-}
-
 std::vector<std::string> available() {
     std::vector<std::string> names;
-    for (const Backend* b : all()) names.emplace_back(b->name);
+    for (const Backend* b : backends()) names.emplace_back(b->name);
     return names;
 }
 
 bool choose(const std::string& name) {
-    for (const Backend* b : all())
+    for (const Backend* b : backends())
         if (name == b->name) {
             backend = b;
             choose_operations(b->name);
@@ -62,45 +45,9 @@ i64 quantize(Address source, int type, i64 n, i64 block, Address packed, Address
     return backend->quantize(at<const void>(source), static_cast<Float>(type), n, block, at<std::uint8_t>(packed), at<float>(absmax), threads);
 }
 
-// 8-bit codes of a sorted table of 256 values, as bitsandbytes finds them: a value in [-1, 1] is rounded to one of 65,536
-// steps, and each step has the code of the nearest value.
-void nested_quantize(Address values, i64 n, Address table, i64 block, Address codes, Address absmax) {
+void nested(Address values, i64 n, Address table, i64 block, Address codes, Address absmax) {
     nb::gil_scoped_release unlocked;
-    const float *v = at<const float>(values), *t = at<const float>(table);
-    static std::mutex one_at_a_time;
-    static float steps_of[256];
-    static std::vector<std::uint8_t> steps;
-    std::lock_guard lock(one_at_a_time);
-    if (steps.empty() || std::memcmp(steps_of, t, sizeof steps_of) != 0) {
-        std::memcpy(steps_of, t, sizeof steps_of);
-        steps.resize(65536);
-        int code = 0;
-        for (int i = 0; i < 65536; ++i) {
-            float step = -1.0f + (2.0f * static_cast<float>(i)) / 65535.0f;
-            while (code < 255 && 0.5f * (t[code] + t[code + 1]) < step) ++code;
-            steps[static_cast<std::size_t>(i)] = static_cast<std::uint8_t>(code);
-        }
-    }
-    std::uint8_t* out = at<std::uint8_t>(codes);
-    float* scales = at<float>(absmax);
-    for (i64 b = 0; b * block < n; ++b) {
-        i64 end = n < (b + 1) * block ? n : (b + 1) * block;
-        float largest = 0;
-        for (i64 i = b * block; i < end; ++i) largest = std::fabs(v[i]) > largest ? std::fabs(v[i]) : largest;
-        scales[b] = largest;
-        if (largest == 0) {
-            std::memset(out + b * block, 0, static_cast<std::size_t>(end - b * block));
-            continue;
-        }
-        float inverse = 1.0f / largest;
-        for (i64 i = b * block; i < end; ++i) {
-            float s = v[i] * inverse;
-            s = s < -1 ? -1 : s > 1 ? 1 : s;
-            // The original fuses this product and sum; in f64 both are exact, so it is rounded once here too.
-            float step = static_cast<float>(static_cast<double>((s + 1.0f) * 0.5f) * 65535.0 + 0.5);
-            out[i] = steps[static_cast<std::uint16_t>(step)];
-        }
-    }
+    nested_quantize(at<const float>(values), n, at<const float>(table), block, at<std::uint8_t>(codes), at<float>(absmax));
 }
 
 struct PackedWeight {
@@ -130,13 +77,13 @@ void backward(const PackedWeight& p, Address dy, i64 m, i64 dy_stride, int type,
 
 NB_MODULE(_native, m) {
     m.doc() = "NF4 kernels; see fourscore.nf4.kernels, which checks what goes in.";
-    backend = all().front();
+    backend = backends().front();
     choose_operations(backend->name);
     m.def("available", &available);
     m.def("backend", [] { return std::string(backend->name); });
     m.def("choose", &choose);
     m.def("quantize", &quantize);
-    m.def("nested_quantize", &nested_quantize);
+    m.def("nested_quantize", &nested);
     nb::class_<PackedWeight>(m, "Weight").def(nb::init<Address, i64, i64, i64, Address, Address, Address, Address, float, i64>());
     m.def("dequantize", &dequantize);
     m.def("forward", &forward);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace fourscore {
 
@@ -58,5 +59,15 @@ extern const Backend kAvx2;
 extern const Backend kAvx512;
 extern const Backend kAvx512Bf16;
 #endif
+#ifdef FOURSCORE_ARM64
+extern const Backend kNeon;
+#endif
+
+// Those this machine runs, best first.
+std::vector<const Backend*> backends();
+
+// n scales (less their mean) -> 8-bit codes of a sorted table of 256 values and one absmax a block, as bitsandbytes finds them:
+// a value in [-1, 1] is rounded to one of 65,536 steps, and each step has the code of the nearest value.
+void nested_quantize(const float* values, std::int64_t n, const float* table, std::int64_t block, std::uint8_t* codes, float* absmax);
 
 }  // namespace fourscore

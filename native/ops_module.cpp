@@ -82,7 +82,7 @@ void attention_backward(const Shape& shape, float scale, int type, const Tensor&
 }  // namespace
 
 void choose_operations(const char* name) {
-    operations = &kScalarOperations;
+    operations = &kScalarOperations;  // also beside backends that have no operations of their own (NEON)
 #ifdef FOURSCORE_X86
     for (const Operations* o : {&kAvx2Operations, &kAvx512Operations, &kAvx512Bf16Operations})
         if (std::strcmp(o->name, name) == 0) operations = o;

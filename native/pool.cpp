@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <new>
 #include <thread>
@@ -126,6 +127,12 @@ void run(int threads, std::int64_t count, Task task, void* job) {
 
 void* scratch(int slot, std::size_t bytes) {
     static thread_local Scratch s;
+#ifdef __SANITIZE_ADDRESS__
+    // A new piece of the exact size each time, so that no kernel reads past what it asked for, or what an earlier call left.
+    std::free(s.memory[slot]);
+    if (posix_memalign(&s.memory[slot], 64, bytes)) throw std::bad_alloc();
+    std::memset(s.memory[slot], 0xff, bytes);
+#else
     if (s.size[slot] < bytes) {
         std::free(s.memory[slot]);
         s.size[slot] = 0;
@@ -134,6 +141,7 @@ void* scratch(int slot, std::size_t bytes) {
         if (!s.memory[slot]) throw std::bad_alloc();
         s.size[slot] = rounded;
     }
+#endif
     return s.memory[slot];
 }
 

@@ -34,6 +34,10 @@ static inline float float_of(u32 b) {
 static inline float from_bf16(u16 h) { return float_of(u32{h} << 16); }
 static inline u16 to_bf16(float f) {
     u32 b = bits_of(f);
+#ifdef __AVX512BF16__
+    // As the processor's own conversion, so that a weight's last few values are rounded like the others.
+    if (!(b & 0x7f800000u)) return static_cast<u16>((b >> 16) & 0x8000u);
+#endif
     if ((b & 0x7fffffffu) > 0x7f800000u) return static_cast<u16>((b >> 16) | 0x40);
     return static_cast<u16>((b + 0x7fffu + ((b >> 16) & 1)) >> 16);
 }

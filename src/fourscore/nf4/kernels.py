@@ -1,8 +1,8 @@
 """The seam to the C++ kernels: which backend runs, and tensors in and out of it.
 
-The backend is the best this machine has; the environment variable FOURSCORE_KERNELS forces one of avx512-bf16, avx512, avx2,
-scalar, torch. Threads: as many as torch uses (torch.set_num_threads). The kernels see addresses, so shapes, dtypes and
-contiguity are settled here.
+The backend is the best this machine has; the environment variable FOURSCORE_KERNELS forces one of avx512-bf16, avx512, avx2 (x86),
+neon (aarch64), scalar, torch. Threads: as many as torch uses (torch.set_num_threads). The kernels see addresses, so shapes, dtypes
+and contiguity are settled here.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _backend = _choose(os.environ["FOURSCORE_KERNELS"], "FOURSCORE_KERNELS") if os.e
 
 
 def backend() -> str:
-    """The kernels in use: 'avx512-bf16', 'avx512', 'avx2', 'scalar' or 'torch'."""
+    """The kernels in use: 'avx512-bf16', 'avx512', 'avx2', 'neon', 'scalar' or 'torch'."""
     return _backend
 
 
