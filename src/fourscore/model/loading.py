@@ -1,7 +1,8 @@
 """From a transformers directory to a network: dense, or quantised to NF4 one layer at a time, or NF4 from the file.
 
-Dense weights are memory-mapped: the 4-bit path never holds a dense copy of the model, and gives every layer's pages back to
-the system once the layer is quantised, so that peak memory says what this form of the model needs.
+Weights are memory-mapped. The 4-bit path quantises each layer as transformers hands out its weight: no second layer is ever
+dense, whatever the dtype of the file, and every layer's pages go back to the system once it is quantised, so that peak memory
+says what this form of the model needs. NF4 weights of a file stay in the mapped file.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +20,12 @@ from torch import nn
 from fourscore.files import FourscoreError, read_json
 from fourscore.model.folder import check_folder, weight_files
 from fourscore.model.names import PROVENANCE, ModelInfo, describe
-from fourscore.model.pages import release_pages
+from fourscore.model.pages import release_freed, release_pages
 from fourscore.model.sources import pull
-from fourscore.progress import say, track
+from fourscore.progress import Bar, say, track
 
 Weights = Literal["nf4", "bf16", "f32"]
+RELEASE_BYTES = 16 << 20  # of dense weights read before memory is given back, which takes a millisecond
 _DTYPES = {"nf4": torch.bfloat16, "bf16": torch.bfloat16, "f32": torch.float32}
 
 
@@ -107,23 +110,28 @@ def _network(path: Path, weights: str, block_size: int, double_quant: bool) -> t
     config = read_json(path / "config.json")
     if config.get("quantization_config"):
         return _prequantised(path, weights, config["quantization_config"])
-    network = _dense(path, _DTYPES[weights])
-    if weights != "nf4":
-        if weights == "f32":
-            release_pages(weight_files(path))
-        return network, [], None
-    return network, _quantise(network, path, block_size, double_quant), (block_size, double_quant)
+    if weights == "nf4":
+        network = _quantised(path, block_size, double_quant)
+        return network, _nf4_layers(network), (block_size, double_quant)
+    network = _from_pretrained(path, _DTYPES[weights])
+    if weights == "f32":
+        release_pages(weight_files(path))
+    return network, [], None
 
 
-def _dense(path: Path, dtype: torch.dtype) -> Any:
+def _from_pretrained(path: Path, dtype: torch.dtype, **quantised: Any) -> Any:
+    """transformers' own loading; weights that are missing or do not fit are errors."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from fourscore.nf4.transformers_quantizer import own_errors
+
     try:
-        # attention: transformers takes torch's fused one wherever the architecture allows it (Gemma 2 does not)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
+        with own_errors():
+            # attention: transformers takes torch's fused one wherever the architecture allows it (Gemma 2 does not)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **quantised
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise FourscoreError(
             f"transformers cannot load it ({_first_line(error)})", where=str(path), todo="check that it is a causal language model"
@@ -142,22 +150,32 @@ def _refuse_gaps(path: Path, report: dict[str, Any]) -> None:
         say(f"{path}: {len(names)} weights of the file have no place in the network and are left out ({names[0]}, ...)")
 
 
-def _quantise(network: Any, path: Path, block_size: int, double_quant: bool) -> list[str]:
-    from fourscore.nf4 import replace_linears
-    from fourscore.nf4.layer import check_experts, linear_names
+def _quantised(path: Path, block_size: int, double_quant: bool) -> Any:
+    """Quantise every linear layer as transformers hands its weight out, so that no second layer is ever dense."""
+    from fourscore.nf4 import NF4Config
 
-    check_experts(network)
-    names = linear_names(network)
-    if not names:
-        raise FourscoreError("no linear layer to quantise", where=str(path), todo="use weights: bf16")
+    config = NF4Config(block_size, double_quant)
     files = weight_files(path)
-    done: list[str] = []
-    with track("quantise to NF4", len(names), "layers") as bar:
-        for name in names:
-            done += replace_linears(network, targets=[name], block_size=block_size, double_quant=double_quant)
-            release_pages(files)
+    with contextlib.ExitStack() as stack:
+        bar: Bar | None = None
+        read = 0
+
+        def on_layer(dense_bytes: int, layers: int) -> None:
+            nonlocal bar, read
+            bar = bar or stack.enter_context(track("quantise to NF4", layers, "layers"))
+            read += dense_bytes
+            if read >= RELEASE_BYTES:
+                read = 0
+                release_pages(files)
+                release_freed()
             bar.advance()
-    return done
+
+        config.on_layer = on_layer
+        network = _from_pretrained(path, torch.bfloat16, quantization_config=config)
+        config.on_layer = None  # the network keeps its settings
+    release_pages(files)
+    release_freed()
+    return network
 
 
 def _prequantised(path: Path, weights: str, facts: dict[str, Any]) -> tuple[Any, list[str], tuple[int, bool]]:
@@ -167,19 +185,20 @@ def _prequantised(path: Path, weights: str, facts: dict[str, Any]) -> tuple[Any,
             where=str(path),
             todo="use weights: nf4, or the original",
         )
-    from fourscore.nf4 import NF4Linear, load_prequantized
+    from fourscore.nf4.transformers_quantizer import prequantized_config
 
-    try:
-        network = load_prequantized(path)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise FourscoreError(
-            f"transformers cannot load it ({_first_line(error)})", where=str(path), todo="quantise the original again"
-        ) from error
-    layers = {n: m for n, m in network.named_modules() if isinstance(m, NF4Linear)}
+    network = _from_pretrained(path, torch.bfloat16, config=prequantized_config(path))
+    layers = _nf4_layers(network)
     if not layers:
         raise FourscoreError("holds no NF4 weight although its config.json says so", where=str(path), todo="quantise the original again")
-    first = next(iter(layers.values()))
-    return network, list(layers), (first.block_size, first.double_quant)
+    first = network.get_submodule(layers[0])
+    return network, layers, (first.block_size, first.double_quant)
+
+
+def _nf4_layers(network: nn.Module) -> list[str]:
+    from fourscore.nf4 import NF4Linear
+
+    return [n for n, m in network.named_modules() if isinstance(m, NF4Linear)]
 
 
 def _kept(network: nn.Module) -> list[str]:
@@ -201,16 +220,23 @@ def form_bytes(network: nn.Module) -> int:
 
 @contextlib.contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """transformers' own bar would stand beside ours, also where output is meant for machines."""
+    """transformers' own bar and its table of odd weights would stand beside ours, also where output is meant for machines."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    logger = getLogger("transformers.modeling_utils")
+    logger.addFilter(_no_report)
     try:
         yield
     finally:
+        logger.removeFilter(_no_report)
         if shown:
             logging.enable_progress_bar()
+
+
+def _no_report(record: LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def _first_line(error: Exception) -> str:
