@@ -78,6 +78,7 @@ def _start(model: Model, settings: Train, seed: int, rows: Sequence[Row] | None)
         with peft_seam():
             initialise.start_along_data(model, rows or (), seed)
     config = model.network.peft_config["default"]
+    config.base_model_name_or_path = base_name(model)
     config.init_lora_weights, config.eva_config = True, None  # whoever loads the adapter must not start it again
     if settings.method == "dora":
         reset_magnitudes(model.network)
@@ -99,7 +100,6 @@ def lora_config(model: Model, settings: Train) -> LoraConfig:
         use_dora=settings.method == "dora",
         init_lora_weights="eva" if eva else True,
         eva_config=EvaConfig() if eva else None,
-        base_model_name_or_path=base_name(model),
     )
 
 

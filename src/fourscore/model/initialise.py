@@ -141,6 +141,9 @@ class _Endless:
     def __init__(self, batches: list[dict[str, Tensor]], bar: Any) -> None:
         self.batches, self.bar = batches, bar
 
+    def __len__(self) -> int:
+        return len(self.batches)
+
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for number, batch in enumerate(itertools.cycle(self.batches)):
             if number > EVA_PASSES:
