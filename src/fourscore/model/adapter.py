@@ -120,14 +120,15 @@ def target_names(network: nn.Module, targets: str | list[str]) -> list[str]:
 
 @contextmanager
 def peft_seam() -> Iterator[None]:
-    """PEFT makes or loads adapters inside the block: its DoRA layers as ours, and without a warning that no user can mend.
+    """PEFT makes or loads adapters inside the block: its DoRA layers as ours, and without warnings that no user can mend.
 
-    (PEFT 0.21 asks transformers for a property that transformers renamed.)
+    (PEFT 0.21 asks transformers for a property that transformers renamed, and advises on EVA's memory what cannot be set here.)
     """
     from fourscore.model.dora import tiled_dora
 
     with warnings.catch_warnings(), tiled_dora():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*eva initialization used with low_cpu_mem_usage.*")
         yield
 
 
