@@ -18,6 +18,7 @@ from fourscore.files import FourscoreError, hash_json
 
 Arm = Literal["trivial", "base-16bit", "base-nf4", "qlora"]
 Score = Literal["likelihood", "generated"]
+NEW_BASE = ("pissa", "olora")  # values of `train.init` that take their part out of the base: the adapters then have one of their own
 
 
 class Strict(BaseModel):
@@ -116,7 +117,22 @@ class Train(Strict):
     """QLoRA's settings: the paper's, where it gives one."""
 
     rank: int = Field(16, gt=0, description="Rank of the adapter.")
-    alpha: float = Field(32.0, gt=0, description="LoRA scale: updates are multiplied by alpha / rank.")
+    alpha: float = Field(32.0, gt=0, description="LoRA scale: updates are multiplied by alpha / rank (`rslora`: by alpha / sqrt(rank)).")
+    method: Literal["lora", "rslora", "dora"] = Field(
+        "lora",
+        description="`lora`; `rslora`: the scale is alpha / sqrt(rank), so that high ranks learn as fast (arXiv 2312.03732); "
+        "`dora`: the length of each row of a weight is learnt apart from its direction (arXiv 2402.09353).",
+    )
+    init: Literal["lora", "eva", "loftq", "pissa", "olora"] = Field(
+        "lora",
+        description="Where the adapter starts. `lora`: at no change, in random directions. `eva`: at no change, in the main directions of "
+        "what each layer reads in the training rows (arXiv 2410.07170). `loftq`: at the part of the quantisation error that it can undo "
+        "(arXiv 2310.08659; the base stays as it is). `pissa`, `olora`: at the main part of the weights (arXiv 2404.02948, 2406.01775), "
+        "which a new base then lacks; the run folder keeps that base, and the adapter works on it alone.",
+    )
+    lora_plus: float | None = Field(
+        None, ge=1, description="LoRA+ (arXiv 2402.12354): B learns this many times as fast as A, 16 for example. Empty: as fast."
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="LoRA dropout.")
     targets: str | list[str] = Field("all-linear", description="`all-linear`, or names of layers such as [q_proj, v_proj].")
     learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate.")
@@ -138,6 +154,12 @@ class Train(Strict):
         if len(set(value)) != len(value):
             raise ValueError("`seeds` repeats a seed")
         return value
+
+    @model_validator(mode="after")
+    def _together(self) -> Train:
+        if self.init == "eva" and self.method == "rslora":
+            raise ValueError("`init: eva` gives layers ranks of their own, whose scales `method: rslora` would pull apart: choose one")
+        return self
 
 
 class Skill(Strict):

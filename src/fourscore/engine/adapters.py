@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from fourscore.files import FourscoreError
+from fourscore.model.adapter import peft_seam
 
 
 class Adapters:
@@ -40,10 +41,11 @@ class Adapters:
         if not (folder / "adapter_config.json").is_file():
             raise FourscoreError("not an adapter: no adapter_config.json", where=str(folder), todo="give the folder that training wrote")
         try:
-            if self._peft is None:
-                self._peft = PeftModel.from_pretrained(network, str(folder), adapter_name=name)
-            else:
-                self._peft.load_adapter(str(folder), adapter_name=name)
+            with peft_seam():
+                if self._peft is None:
+                    self._peft = PeftModel.from_pretrained(network, str(folder), adapter_name=name)
+                else:
+                    self._peft.load_adapter(str(folder), adapter_name=name)
         except (RuntimeError, ValueError, KeyError, OSError) as error:
             raise FourscoreError(f"the adapter does not fit the model ({str(error).splitlines()[0]})", where=str(folder)) from error
 

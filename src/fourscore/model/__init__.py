@@ -14,9 +14,12 @@ if TYPE_CHECKING:
     from fourscore.model.loading import compute_dtype as compute_dtype
     from fourscore.model.loading import load as load
     from fourscore.model.loading import load_tokenizer as load_tokenizer
+    from fourscore.model.merging import Merged as Merged
+    from fourscore.model.merging import merge as merge
     from fourscore.model.names import ModelInfo as ModelInfo
     from fourscore.model.names import catalog as catalog
     from fourscore.model.names import describe as describe
+    from fourscore.model.residual import split_base as split_base
     from fourscore.model.sources import pull as pull
 
 _HOMES = {
@@ -32,8 +35,12 @@ _HOMES = {
     "add_lora": "adapter",
     "check_adapter": "adapter",
     "save_adapter": "adapter",
+    "split_base": "residual",
+    "Merged": "merging",
+    "merge": "merging",
 }
 __all__ = [
+    "Merged",
     "Model",
     "ModelInfo",
     "add_lora",
@@ -44,8 +51,10 @@ __all__ = [
     "describe",
     "load",
     "load_tokenizer",
+    "merge",
     "pull",
     "save_adapter",
+    "split_base",
 ]
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -18,33 +18,40 @@ from fourscore.files import FourscoreError, atomic_folder, read_json, write_json
 from fourscore.model.folder import base_sha256, safetensors_header
 from fourscore.model.loading import Model
 from fourscore.model.names import PROVENANCE
-from fourscore.spec import Train
+from fourscore.spec import NEW_BASE, Train
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from fourscore.data import Row
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def add_lora(model: Model, settings: Train, seed: int) -> Model:
+def add_lora(model: Model, settings: Train, seed: int, rows: Sequence[Row] | None = None) -> Model:
     """A fresh LoRA adapter on a model, in training mode: float32 parameters, everything else frozen.
 
-    The same seed gives the same parameters bit for bit, whatever form the base has (A: Kaiming uniform as in PEFT, B: zero). The
-    output layer is never a target. The caller's random state is untouched. Errors: a target that names no linear layer.
+    The same seed gives the same parameters bit for bit, whatever form the base has (A: Kaiming uniform as in PEFT, B: zero; or as
+    `settings.init` says; rows: the training rows, which `eva` reads). The output layer is never a target. The caller's random state
+    is untouched. Errors: a target that names no linear layer; a start that this base, rank or lack of rows does not allow.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from peft.peft_model import PeftModel
 
     if isinstance(model.network, PeftModel):
         raise FourscoreError("this model has an adapter already", where=str(model.adapter or model.path), todo="load it without one")
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT computes with it as a float
-        lora_dropout=settings.dropout,
-        target_modules=target_names(model.network, settings.targets),
-        task_type="CAUSAL_LM",
-        bias="none",
-    )
+    if settings.init in NEW_BASE:
+        raise FourscoreError(
+            f"`init: {settings.init}` begins with a base of its own",
+            where="train.init",
+            todo="make both with `fourscore.model.split_base`, and load its adapter on its base",
+        )
+    if settings.init == "eva" and not rows:
+        raise FourscoreError("`init: eva` reads the training rows, and none are given", where="add_lora", todo="pass rows=")
+    config = lora_config(model, settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        with _quiet_peft():
+        with peft_seam():
             network = cast(nn.Module, get_peft_model(model.network, config))
         # PEFT draws in the order of a set and rounds to the base's dtype: drawn again, so that only the seed decides
         for name, parameter in sorted(network.named_parameters()):
@@ -52,11 +59,48 @@ def add_lora(model: Model, settings: Train, seed: int) -> Model:
                 parameter.data = parameter.data.float()
                 if "lora_A" in name:
                     nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
-                else:
+                elif "lora_B" in name:
                     nn.init.zeros_(parameter)
-    config.base_model_name_or_path = base_name(model)
+        model = replace(model, network=network, adapter=None)
+        _start(model, settings, seed, rows)
     network.train()
-    return replace(model, network=network, adapter=None)
+    return model
+
+
+def _start(model: Model, settings: Train, seed: int, rows: Sequence[Row] | None) -> None:
+    """Write A and B as `settings.init` wants them, then DoRA's magnitudes, which follow from them."""
+    from fourscore.model import initialise
+    from fourscore.model.dora import reset_magnitudes
+
+    if settings.init == "loftq":
+        initialise.start_at_quantisation_error(model)
+    elif settings.init == "eva":
+        with peft_seam():
+            initialise.start_along_data(model, rows or (), seed)
+    config = model.network.peft_config["default"]
+    config.base_model_name_or_path = base_name(model)
+    config.init_lora_weights, config.eva_config = True, None  # whoever loads the adapter must not start it again
+    if settings.method == "dora":
+        reset_magnitudes(model.network)
+
+
+def lora_config(model: Model, settings: Train) -> LoraConfig:
+    """The settings as PEFT keeps them."""
+    from peft import EvaConfig, LoraConfig
+
+    eva = settings.init == "eva"
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT computes with it as a float
+        lora_dropout=settings.dropout,
+        target_modules=target_names(model.network, settings.targets),
+        task_type="CAUSAL_LM",
+        bias="none",
+        use_rslora=settings.method == "rslora",
+        use_dora=settings.method == "dora",
+        init_lora_weights="eva" if eva else True,
+        eva_config=EvaConfig() if eva else None,
+    )
 
 
 def target_names(network: nn.Module, targets: str | list[str]) -> list[str]:
@@ -75,10 +119,16 @@ def target_names(network: nn.Module, targets: str | list[str]) -> list[str]:
 
 
 @contextmanager
-def _quiet_peft() -> Iterator[None]:
-    """PEFT 0.21 asks transformers for a property that transformers renamed; nothing a user can mend."""
-    with warnings.catch_warnings():
+def peft_seam() -> Iterator[None]:
+    """PEFT makes or loads adapters inside the block: its DoRA layers as ours, and without warnings that no user can mend.
+
+    (PEFT 0.21 asks transformers for a property that transformers renamed, and advises on EVA's memory what cannot be set here.)
+    """
+    from fourscore.model.dora import tiled_dora
+
+    with warnings.catch_warnings(), tiled_dora():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*eva initialization used with low_cpu_mem_usage.*")
         yield
 
 
@@ -152,7 +202,7 @@ def attach(model: Model, folder: Path, trainable: bool = False) -> Model:
     check_adapter(folder, model.path)
     held = safetensors_header(folder / WEIGHTS).keys()
     try:
-        with _quiet_peft():
+        with peft_seam():
             network = PeftModel.from_pretrained(model.network, str(folder), is_trainable=trainable)
     except (ValueError, RuntimeError, TypeError, KeyError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")

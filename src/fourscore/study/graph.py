@@ -1,6 +1,6 @@
 """The steps of a pilot study, in an order in which each finds what it needs.
 
-base -> data -> plan
+base -> data -> plan   (and base -> residual, where `train.init` takes its part out of the base)
           |-> train-<seed> ...      one adapter a seed
           |-> evaluate-<arm> ...    each arm in its own process; base-16bit first, the others are compared with it
           '-> floor -> verdict -> report
@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from fourscore.files import FourscoreError, read_json, write_json
-from fourscore.spec import Study
+from fourscore.spec import NEW_BASE, Study
 from fourscore.study.inputs import Inputs
 from fourscore.study.plan import FLOOR_ITEMS
 from fourscore.study.steps import Context, Step
+
+RESIDUAL = "residual"  # the step that makes the adapters' own base, where `train.init` wants one
 
 
 def graph_of(study: Study, inputs: Inputs) -> list[Step]:
@@ -38,9 +40,16 @@ def graph_of(study: Study, inputs: Inputs) -> list[Step]:
         Step("data", ("base",), {"data": data}, prepare_data, title="data: read, split, check"),
         Step("plan", ("base", "data"), {"study": whole}, make_plan, pure=(), title="plan: does it fit, how long"),
     ]
+    residual: tuple[str, ...] = ()
+    if study.train.init in NEW_BASE:
+        residual = (RESIDUAL,)
+        split = {"model": inputs.base_sha256, "train": {k: train[k] for k in ("init", "method", "rank", "alpha", "targets")}}
+        title = f"split the base for {study.train.init}"
+        steps.append(Step(RESIDUAL, ("base",), split, split_off, ("base/*", "adapter/*"), title))
     for seed in study.train.seeds:
         settings = {**recipe, "seed": seed}
-        steps.append(Step(f"train-{seed}", ("base", "data"), settings, train_adapter, ("adapter/*", "result.json"), f"train, seed {seed}"))
+        needs = ("base", "data", *residual)
+        steps.append(Step(f"train-{seed}", needs, settings, train_adapter, ("adapter/*", "result.json"), f"train, seed {seed}"))
     steps.append(evaluation("base-16bit", (), measured, evaluate_base, "measure base-16bit, the reference"))
     for arm in study.evaluate.arms:
         if arm not in ("base-16bit", "qlora"):
@@ -48,9 +57,10 @@ def graph_of(study: Study, inputs: Inputs) -> list[Step]:
             steps.append(evaluation(arm, ("evaluate-base-16bit",), settings, evaluate_base, f"measure {arm}"))
     adapters = tuple(f"train-{seed}" for seed in study.train.seeds)
     for seed in study.train.seeds:
-        needs = ("evaluate-base-16bit", f"train-{seed}")
+        needs = ("evaluate-base-16bit", *residual, f"train-{seed}")
         steps.append(evaluation(f"qlora-{seed}", needs, quantised, evaluate_adapter, f"measure qlora, seed {seed}"))
-    steps.append(Step("floor", ("base", "data", *adapters), {**quantised, "items": FLOOR_ITEMS}, measure_floor, ("items/*",), "A/A floor"))
+    needs = ("base", "data", *residual, *adapters)
+    steps.append(Step("floor", needs, {**quantised, "items": FLOOR_ITEMS}, measure_floor, ("items/*",), "A/A floor"))
     measures = tuple(s.name for s in steps if s.name.startswith("evaluate-"))
     decided = {"evaluate": whole["evaluate"], "seeds": train["seeds"]}
     steps.append(Step("verdict", (*adapters, *measures, "floor"), decided, decide, title="verdict"))
@@ -81,6 +91,18 @@ def make_plan(context: Context) -> None:
     write_json(context.out / "plan.json", plan(context.study, context.base, context.folders["data"]))
 
 
+def split_off(context: Context) -> None:
+    """The base without the part with which every seed's adapter starts, and that adapter."""
+    from fourscore.model import split_base
+
+    split_base(context.base, context.study.train, context.out)
+
+
+def base_of_adapters(context: Context) -> Path:
+    """The base that the study's adapters are trained on: the study's own, or what `split_off` left of it."""
+    return context.folders[RESIDUAL] / "base" if RESIDUAL in context.folders else context.base
+
+
 def train_adapter(context: Context) -> None:
     """Train one adapter on the 4-bit base."""
     from fourscore.data import read_rows
@@ -88,33 +110,35 @@ def train_adapter(context: Context) -> None:
     from fourscore.train import train
 
     study, seed = context.study, int(context.step.removeprefix("train-"))
-    model = load(context.base, weights="nf4", block_size=study.model.block_size, double_quant=study.model.double_quant, trainable=True)
     data = context.folders["data"]
-    result = train(
-        add_lora(model, study.train, seed), read_rows(data, "train"), read_rows(data, "validation"), study.train, seed, context.out
-    )
+    rows = read_rows(data, "train")
+    start = context.folders[RESIDUAL] / "adapter" if RESIDUAL in context.folders else None
+    base, form = base_of_adapters(context), study.model
+    model = load(base, "nf4", start, block_size=form.block_size, double_quant=form.double_quant, trainable=True)
+    tuned = model if start else add_lora(model, study.train, seed, rows)
+    result = train(tuned, rows, read_rows(data, "validation"), study.train, seed, context.out)
     write_json(context.out / "result.json", {k: result.summary[k] for k in ("validation_loss", "adapter_sha256")})
 
 
 def evaluate_base(context: Context) -> None:
     """Measure an arm without an adapter."""
-    _evaluate(context, context.step.removeprefix("evaluate-"), None, None)
+    _evaluate(context, context.step.removeprefix("evaluate-"), None, context.base, None)
 
 
 def evaluate_adapter(context: Context) -> None:
     """Measure one seed's adapter."""
     seed = int(context.step.removeprefix("evaluate-qlora-"))
-    _evaluate(context, "qlora", seed, context.folders[f"train-{seed}"] / "adapter")
+    _evaluate(context, "qlora", seed, base_of_adapters(context), context.folders[f"train-{seed}"] / "adapter")
 
 
-def _evaluate(context: Context, arm: str, seed: int | None, adapter: Path | None) -> None:
+def _evaluate(context: Context, arm: str, seed: int | None, base: Path, adapter: Path | None) -> None:
     from fourscore.evaluate import evaluate_arm
 
     evaluate_arm(
         arm,
         seed,
         context.study,
-        context.base,
+        base,
         context.folders["data"],
         context.out,
         adapter=adapter,
@@ -131,7 +155,7 @@ def measure_floor(context: Context) -> None:
         "qlora",
         seed,
         context.study,
-        context.base,
+        base_of_adapters(context),
         context.folders["data"],
         context.out,
         adapter=context.folders[f"train-{seed}"] / "adapter",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fourscore.files import FourscoreError
-from fourscore.spec import Study
+from fourscore.spec import NEW_BASE, Study
 from fourscore.study.child import die_with_parent, without_bitsandbytes
 
 
@@ -22,7 +22,9 @@ def probe_training(study: Study, base: Path, data: Path) -> dict[str, Any]:
     rows = read_rows(data, "train")
     started = time.monotonic()
     model = load(base, weights="nf4", block_size=study.model.block_size, double_quant=study.model.double_quant, trainable=True)
-    model = add_lora(model, study.train, study.train.seeds[0])
+    # a start from a base of its own (`pissa`, `olora`) takes the same time and memory once that base is there
+    settings = study.train.model_copy(update={"init": "lora"}) if study.train.init in NEW_BASE else study.train
+    model = add_lora(model, settings, study.train.seeds[0], rows)
     load_seconds = time.monotonic() - started
     taken = probe(model, rows, study.train)
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -48,6 +48,16 @@ def settle_dtype(network: nn.Module) -> torch.dtype:
     return torch.float32
 
 
+def learning_groups(parameters: Mapping[str, nn.Parameter], lora_plus: float | None) -> list[dict[str, Any]]:
+    """Parameter groups with `lr_ratio`: the learning rate of each is that many times the schedule's.
+
+    LoRA+ (arXiv 2402.12354): B learns `lora_plus` times as fast as A; DoRA's magnitudes go with B, as in PEFT.
+    """
+    fast = {n for n, p in parameters.items() if lora_plus is not None and ("lora_B" in n or p.dim() == 1)}
+    groups = [([p for n, p in parameters.items() if n not in fast], 1.0), ([parameters[n] for n in parameters if n in fast], lora_plus)]
+    return [{"params": members, "lr_ratio": ratio} for members, ratio in groups if members]
+
+
 class Optimiser:
     """AdamW over the trainable (LoRA) parameters of a network, with warm-up and cosine over `steps_planned` steps."""
 
@@ -63,9 +73,8 @@ class Optimiser:
                 todo="make the model with `add_lora`",
             )
         self.loss = AnswerLoss(network)
-        self.adamw = torch.optim.AdamW(
-            list(self.parameters.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        )
+        groups = learning_groups(self.parameters, settings.lora_plus)
+        self.adamw = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of step `step` (from 0): linear warm-up, then half a cosine down to a tenth of the peak."""
@@ -95,7 +104,7 @@ class Optimiser:
             padding += batch.padding
         rate = self.learning_rate(number)
         for group in self.adamw.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_ratio"]
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip))
         if not math.isfinite(norm):
             numbers = ", ".join(str(examples[i].number) for rows in plan for i in rows)
