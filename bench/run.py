@@ -1,6 +1,6 @@
 """All benches one after another on a quiet machine, and the goals beside what was measured.
 
-    python bench/run.py                     # about 15 minutes on two cores; writes bench/results/<bench>.json
+    python bench/run.py                     # about 20 minutes on two cores; writes bench/results/<bench>.json
     python bench/run.py --quick             # about 4 minutes, fewer turns; writes build/bench/<bench>.json
     python bench/run.py --only kernels      # one of them (can be given more than once)
 
@@ -64,6 +64,7 @@ BENCHES = (
         "{model} --rounds 1 --steps 1 --cases all --threads {threads} --out {out}",
         (420, 90),
     ),
+    Bench("loading", "--threads {threads} --out {out}", "--quick --threads {threads} --out {out}", (300, 40)),
     Bench("scoring", "--threads {threads} --json {out}", "--quick --threads {threads} --json {out}", (240, 60)),
 )
 
@@ -222,7 +223,7 @@ def main() -> int:
         outcomes.append(outcome)
         before = after
     print(table(read_goals(), outcomes))
-    note(f"results: {folder}" + ("" if options.quick else "; docs/make_performance.py writes the page from them"))
+    note(f"results: {folder}")
     return 0 if all(outcome.record for outcome in outcomes) else 1
 
 

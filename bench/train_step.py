@@ -157,6 +157,8 @@ def main() -> None:
             "memory_ratio": memory["ours"] / memory["peer"],
             "rounds": runs,
         }
+    fields = ("speed_ratio", "cpu_ratio", "memory_ratio")
+    record["rows"] = [{"what": f"step, {case}"} | {field: found[field] for field in fields} for case, found in record["cases"].items()]
     text = json.dumps(record, indent=1)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
