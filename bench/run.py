@@ -2,7 +2,7 @@
 
     python bench/run.py                     # about 20 minutes on two cores; writes bench/results/<bench>.json
     python bench/run.py --quick             # about 4 minutes, fewer turns; writes build/bench/<bench>.json
-    python bench/run.py --only kernels      # one of them (can be given more than once)
+    python bench/run.py --only nf4_kernels      # one of them (can be given more than once)
 
 `make bench` runs it in an environment of its own, in which the peers are pinned. Before, between and after the benches it
 takes the machine's load, which every result carries; where another program keeps a core busy it refuses (`--force` goes on).
@@ -57,7 +57,7 @@ class Bench:
 
 
 BENCHES = (
-    Bench("kernels", "--threads {threads} --json {out}", "--quick --threads {threads} --json {out}", (180, 60)),
+    Bench("nf4_kernels", "--threads {threads} --json {out}", "--quick --threads {threads} --json {out}", (180, 60)),
     Bench(
         "train_step",
         "{model} --rounds 3 --threads {threads} --out {out}",

@@ -83,6 +83,9 @@ def peer(folder: str, case: str, rows: int, tokens: int, steps: int) -> dict[str
 
 def ours(folder: str, case: str, rows: int, tokens: int, steps: int) -> dict[str, float]:
     """fourscore's optimiser step, as `train` calls it."""
+    from fourscore.study.child import without_bitsandbytes
+
+    without_bitsandbytes()  # as every step of a study does
     from fourscore import spec
     from fourscore.model import add_lora, load
     from fourscore.train.batches import Example

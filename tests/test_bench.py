@@ -67,7 +67,7 @@ def test_a_goal_is_met_missed_or_not_measured(bench: ModuleType):
     goals = {g.name: g for g in bench.read_goals()}
     more = goals["quantise 4096x4096 bf16, double quant"]
     row = {"what": "quantise 4096x4096 bf16, double quant"}
-    outcome = bench.Outcome(bench.Bench("kernels", "", "", (1, 1)), {"rows": [{**row, "ratio": 49.9}]})
+    outcome = bench.Outcome(bench.Bench("nf4_kernels", "", "", (1, 1)), {"rows": [{**row, "ratio": 49.9}]})
     assert bench.table([more], [outcome]).endswith("NO")
     outcome.record["rows"][0]["ratio"] = 50.0
     assert bench.table([more], [outcome]).endswith("yes")

@@ -1,6 +1,6 @@
 """The NF4 kernels beside their peers: bitsandbytes, and torch's dense bf16 product, in one run on one machine.
 
-    python bench/kernels.py [--threads N] [--quick] [--json FILE]
+    python bench/nf4_kernels.py [--threads N] [--quick] [--json FILE]
 
 Only ratios are worth quoting. Ours and the peer take turns, and a ratio is the median over turns, so that another program's
 load falls on both. With --threads 1 the clock is the thread's CPU time, which leaves out what other programs take.
