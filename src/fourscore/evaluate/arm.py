@@ -121,7 +121,8 @@ def _trivial(train: Sequence[Row], rows: Sequence[Row], base: Path, out: Path) -
         key = prompt_hash(rendered.ids[: rendered.prompt_length])
         items.append(constant(DESK, row, key, answer, len(rendered.ids) - rendered.prompt_length))
     write_jsonl(out / "items" / f"{DESK}.jsonl", items)
-    nothing = ("weights", "disk_bytes", "adapter_bytes", "load_seconds", "latency", "energy", "fidelity", "compute_dtype")
+    of_model = ("weights", "device", "peak_gpu_bytes", "disk_bytes", "adapter_bytes", "load_seconds", "compute_dtype")
+    nothing = (*of_model, "latency", "energy", "fidelity")
     return {
         **dict.fromkeys(nothing),
         "throughput": Clock().to_json(),
@@ -154,6 +155,7 @@ def _measure_model(
     from transformers import AutoModelForCausalLM  # noqa: F401
 
     from fourscore.engine import Engine
+    from fourscore.model.device import peak_gpu_bytes
 
     notes: list[str] = []
     began = time.perf_counter()
@@ -186,13 +188,15 @@ def _measure_model(
         compared = [q.prompt + q.gold_ids for q in desk[: study.evaluate.fidelity_items]]
         fidelity = _fidelity(engine, arm, compared, items, out, reference)
         timed = measure_latency(engine, rows, study.evaluate.latency_prompts, study.evaluate.max_new_tokens, arm)
-        latency, energy = timed.to_json(), _energy(timed, study)
+        latency, energy = timed.to_json(), _energy(timed, study, notes)
     else:
         notes.append("the A/A floor: latency, energy and fidelity are not measured on this path")
     if engine.path != path:
         notes.append(f"the engine cannot pack this network and ran path `{engine.path}`")
     return {
         "weights": WEIGHTS[arm],
+        "device": str(model.network.device),
+        "peak_gpu_bytes": peak_gpu_bytes(),
         "compute_dtype": str(model.network.get_input_embeddings().weight.dtype).removeprefix("torch."),
         "disk_bytes": model.disk_bytes // 2 if model.weights == "f32" else model.disk_bytes,
         "adapter_bytes": sum(f.stat().st_size for f in adapter.rglob("*") if f.is_file()) if adapter else None,
@@ -227,9 +231,10 @@ def _near_chance(task: str, told: dict[str, Any]) -> list[str]:
 
 def _load(arm: str, study: Study, base: Path, adapter: Path | None, notes: list[str]) -> Model:
     from fourscore.model import load
+    from fourscore.model.device import on_gpu
 
     weights: Literal["nf4", "bf16", "f32"] = WEIGHTS[arm]
-    if weights == "bf16" and not has_bf16():
+    if weights == "bf16" and not has_bf16() and not on_gpu():
         # The same values; only the products are computed in f32, because bf16 would be emulated.
         weights = "f32"
         notes.append("this processor has no bf16: the 16-bit weights are computed in f32")
@@ -237,9 +242,9 @@ def _load(arm: str, study: Study, base: Path, adapter: Path | None, notes: list[
 
 
 def _kernels(arm: str) -> str:
-    from fourscore.nf4 import backend
+    from fourscore.model.device import describe_device
 
-    return backend() if WEIGHTS[arm] == "nf4" else "torch"
+    return describe_device()["kernels"] if WEIGHTS[arm] == "nf4" else "torch"
 
 
 def questions(task: str, rows: Sequence[Row], tokenizer: Any, *, per_byte: bool = False) -> list[Question]:
@@ -307,7 +312,7 @@ def _fidelity(
 
         def counted() -> Any:
             for distribution in engine.logprobs(sequences):
-                yield distribution
+                yield distribution.cpu()
                 bar.advance()
 
         if reference is None or arm == REFERENCE:
@@ -318,7 +323,12 @@ def _fidelity(
     return describe(kl, same, items, known)
 
 
-def _energy(timed: Latency, study: Study) -> dict[str, Any]:
+def _energy(timed: Latency, study: Study, notes: list[str]) -> dict[str, Any] | None:
+    from fourscore.model.device import on_gpu
+
+    if on_gpu() and study.cost.watts is None:
+        notes.append("electricity: what the GPU draws is not read; give the reading of a wall meter as `cost.watts`")
+        return None
     machine, tables = describe_machine(), read_tables()
     drawn = power(study.cost.watts, machine, measured_watts=timed.watts, threads=torch.get_num_threads(), tdp=tables.tdp)
     return cost_of_answers(drawn, timed.answer_seconds, study.cost, tables)

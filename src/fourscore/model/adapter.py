@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fourscore.files import FourscoreError, atomic_folder, read_json, write_json
+from fourscore.model.device import seeded
 from fourscore.model.folder import base_sha256, safetensors_header
 from fourscore.model.loading import Model
 from fourscore.model.names import PROVENANCE
@@ -49,16 +50,15 @@ def add_lora(model: Model, settings: Train, seed: int, rows: Sequence[Row] | Non
     if settings.init == "eva" and not rows:
         raise FourscoreError("`init: eva` reads the training rows, and none are given", where="add_lora", todo="pass rows=")
     config = lora_config(model, settings)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, model.network):
         with peft_seam():
             network = cast(nn.Module, get_peft_model(model.network, config))
-        # PEFT draws in the order of a set and rounds to the base's dtype: drawn again, so that only the seed decides
+        # PEFT draws in the order of a set and rounds to the base's dtype: drawn again, on the CPU, so that only the seed decides
         for name, parameter in sorted(network.named_parameters()):
             if "lora_" in name:
                 parameter.data = parameter.data.float()
                 if "lora_A" in name:
-                    nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+                    parameter.data = nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=math.sqrt(5)).to(parameter.device)
                 elif "lora_B" in name:
                     nn.init.zeros_(parameter)
         model = replace(model, network=network, adapter=None)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fourscore.files import FourscoreError
+from fourscore.model.device import device_of
 from fourscore.model.dora import weight_tiles
 from fourscore.nf4 import NF4Linear
 from fourscore.progress import track
@@ -96,10 +97,11 @@ def start_at_quantisation_error(model: Model) -> None:
             lost = weights.layer(name).float().clone()
             row = 0
             for tile in weight_tiles(layer.get_base_layer()):
-                lost[row : row + len(tile)] -= tile
+                lost[row : row + len(tile)] -= tile.cpu()
                 row += len(tile)
             A, B = _halves(*low_rank(lost, layer.r[adapter], name=name), layer.scaling[adapter])
-            layer.lora_A[adapter].weight.data, layer.lora_B[adapter].weight.data = A, B
+            for part, value in ((layer.lora_A[adapter], A), (layer.lora_B[adapter], B)):
+                part.weight.data = value.to(part.weight.device)
             weights.release()
             bar.advance()
 
@@ -116,7 +118,8 @@ def start_along_data(model: Model, rows: Sequence[Row], seed: int) -> None:
     for name, layer in lora_layers(network).items():
         check_rank((layer.out_features, layer.in_features), 2 * rank, name)  # PEFT looks at twice as many directions
     ids = [render_row(model.tokenizer, row.messages, row.answer).ids for row in rows]
-    batches = _batches(ids, seed, max(EVA_TOKENS, 4 * rank))
+    device = device_of(network)
+    batches = [{k: v.to(device) for k, v in batch.items()} for batch in _batches(ids, seed, max(EVA_TOKENS, 4 * rank))]
     if min(int(b["attention_mask"].sum()) for b in batches) < 2 * rank:
         raise FourscoreError(
             f"`init: eva` with rank {rank} needs at least {2 * rank} tokens of training rows", where="train.init", todo="lower `train.rank`"

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fourscore.files import FourscoreError, read_json
+from fourscore.model.device import Device, place
 from fourscore.model.folder import check_folder, weight_files
 from fourscore.model.names import PROVENANCE, ModelInfo, describe
 from fourscore.model.pages import release_freed, release_pages
@@ -66,12 +67,14 @@ def load(
     block_size: int = 64,
     double_quant: bool = True,
     trainable: bool = False,
+    device: Device = "auto",
 ) -> Model:
     """Load a model: a catalog name, a hub name or a folder, fetched when need be.
 
     weights: `nf4` (what is not quantised stays bfloat16), `bf16` or `f32`. A folder that bitsandbytes or fourscore wrote in
     NF4 loads as nf4 with the block size of its file. adapter: a PEFT folder made for this very base. trainable: training mode and
-    trainable adapter; the weights of the base are frozen either way. Errors: unknown weights, damaged files, pickles, a
+    trainable adapter; the weights of the base are frozen either way. device: `auto` is the GPU where torch sees one and bitsandbytes
+    is installed, else the CPU. Errors: unknown weights, damaged files, pickles, a
     foreign adapter, mixture-of-experts weights with nf4.
     """
     if weights not in _DTYPES:
@@ -80,6 +83,7 @@ def load(
     tokenizer = load_tokenizer(path)
     with _quiet_loading():
         network, quantised, held = _network(path, weights, block_size, double_quant)
+    network = place(network, device, weights)
     network.requires_grad_(False)
     network.train(trainable)
     info = describe(path) if (path / PROVENANCE).exists() else None

@@ -174,13 +174,13 @@ def _compare(
 ) -> Merged:
     """Both networks on the rows, one after the other in memory. A FourscoreError where the merged one is off."""
     full: Literal["f32", "bf16"] = "f32" if dtype == torch.float32 else "bf16"
-    model = load(base, "nf4" if into == "dequantised" else full, adapter, **form)
+    model = load(base, "nf4" if into == "dequantised" else full, adapter, device="cpu", **form)
     asked = [list(row) for row in rows] if rows else [model.tokenizer(text).input_ids for text in TEXTS]
     told = _logits(model.network, asked)
     with model.network.disable_adapter():
         untuned = _logits(model.network, asked)
     del model
-    found = _logits(load(merged, full).network, asked)
+    found = _logits(load(merged, full, device="cpu").network, asked)
     spread = (told - told.mean(-1, keepdim=True)).norm()
     error, effect = (float((logits - told).norm() / spread) for logits in (found, untuned))
     off = (found - told).abs()

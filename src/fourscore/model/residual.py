@@ -59,7 +59,7 @@ def split_base(base: Path, settings: Train, out: Path) -> tuple[Path, Path]:
             rewrite(base, part, without_main_part, told=provenance(base, name, kind, note))
     if absent := sorted(targets - halves.keys()):
         raise FourscoreError(f"the weights of layer {absent[0]} do not stand in the file under that name", where=str(base))
-    model = add_lora(load(out / "base", weights="bf16"), settings.model_copy(update={"init": "lora"}), seed=0)
+    model = add_lora(load(out / "base", weights="bf16", device="cpu"), settings.model_copy(update={"init": "lora"}), seed=0)
     for layer, (A, B) in halves.items():
         lora = lora_layers(model.network)[layer]
         lora.lora_A["default"].weight.data, lora.lora_B["default"].weight.data = A, B

@@ -109,6 +109,8 @@ def quantize(
         )
     if block_size not in BLOCK_SIZES:
         raise FourscoreError(f"no NF4 block size {block_size}", where=name, todo=f"choose one of {', '.join(map(str, BLOCK_SIZES))}")
+    if w.device.type != "cpu":
+        raise FourscoreError(f"the weight is on {w.device}", where=name or "nf4.quantize", todo="quantise on the CPU, then move the result")
     w = w.detach().contiguous()
     packed, absmax, bad = kernels.quantize(w.view(-1), block_size)
     if bad >= 0:
@@ -136,7 +138,7 @@ def dequantize(q: NF4Tensor, dtype: torch.dtype = torch.bfloat16, out: torch.Ten
     if dtype not in FLOATS:
         raise FourscoreError(f"NF4 is dequantised to f32, bf16 or f16, not {dtype}", where="nf4.dequantize", todo="ask for one of those")
     if out is None:
-        out = torch.empty(q.shape, dtype=dtype)
+        out = torch.empty(q.shape, dtype=dtype, device=q.packed.device)
     elif tuple(out.shape) != q.shape or out.dtype != dtype or not out.is_contiguous():
         raise FourscoreError(
             f"the buffer is {out.dtype} {list(out.shape)}, the weight {dtype} {list(q.shape)}",

@@ -2,7 +2,7 @@
 
 The backend is the best this machine has; the environment variable FOURSCORE_KERNELS forces one of avx512-bf16, avx512, avx2 (x86),
 neon (aarch64), scalar, torch. Threads: as many as torch uses (torch.set_num_threads). The kernels see addresses, so shapes, dtypes
-and contiguity are settled here.
+and contiguity are settled here. A weight on a GPU goes to bitsandbytes (cuda.py), whatever the backend.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fourscore.files import FourscoreError
-from fourscore.nf4 import plain
+from fourscore.nf4 import cuda, plain
 
 if TYPE_CHECKING:
     from fourscore.nf4.codec import NF4Tensor
@@ -113,7 +113,9 @@ def nested_quantize(values: torch.Tensor, table: torch.Tensor, block_size: int) 
 
 def dequantize(q: NF4Tensor, out: torch.Tensor) -> None:
     """Write the weight into `out`, contiguous, of its shape."""
-    if _backend == "torch":
+    if q.packed.device.type == "cuda":
+        out.copy_(cuda.dense(q, out.dtype))
+    elif _backend == "torch":
         plain.dequantize(q.packed, q.scales(), q.block_size, out)
     else:
         _native.dequantize(_weight(q), out.data_ptr(), FLOAT_NUMBERS[out.dtype], torch.get_num_threads())
@@ -121,6 +123,8 @@ def dequantize(q: NF4Tensor, out: torch.Tensor) -> None:
 
 def forward(x: torch.Tensor, q: NF4Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [rows, in] times W transposed, plus bias -> [rows, out] in x's dtype."""
+    if q.packed.device.type == "cuda":
+        return cuda.forward(x, q, bias)
     if _backend == "torch" or x.dtype not in FLOAT_NUMBERS:
         weight = torch.empty(q.shape, dtype=x.dtype)
         plain.dequantize(q.packed, q.scales(), q.block_size, weight)
@@ -144,6 +148,8 @@ def forward(x: torch.Tensor, q: NF4Tensor, bias: torch.Tensor | None) -> torch.T
 
 def backward(dy: torch.Tensor, q: NF4Tensor) -> torch.Tensor:
     """dy [rows, out] times W -> [rows, in] in dy's dtype."""
+    if q.packed.device.type == "cuda":
+        return cuda.backward(dy, q)
     if _backend == "torch" or dy.dtype not in FLOAT_NUMBERS:
         weight = torch.empty(q.shape, dtype=dy.dtype)
         plain.dequantize(q.packed, q.scales(), q.block_size, weight)

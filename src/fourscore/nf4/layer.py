@@ -92,8 +92,8 @@ class NF4Linear(nn.Linear):
         return dequantize(self.quantised, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype("cpu"))
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.compute_dtype is None or self.compute_dtype == x.dtype:
             return linear(x, self.quantised, self.bias)
         return linear(x.to(self.compute_dtype), self.quantised, self.bias).to(x.dtype)

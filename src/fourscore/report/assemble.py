@@ -246,6 +246,8 @@ def _predictions(
     evaluated = [a.seconds for a in arms if a.seconds is not None]
     measured_peaks = [a.peak_rss_bytes for a in arms if a.peak_rss_bytes is not None]
     peaks = [t.peak_rss_bytes for t in training if t.peak_rss_bytes is not None]
+    gpu_trained = [t.peak_gpu_bytes for t in training if t.peak_gpu_bytes is not None]
+    gpu_measured = [a.peak_gpu_bytes for a in arms if a.peak_gpu_bytes is not None]
     evaluating = _seconds_of(records, "evaluate-") or (sum(evaluated) if evaluated else None)
     kwh, money = (cost.kwh, cost.money) if cost else (None, None)
     rows: list[tuple[str, Literal["s", "bytes", "kWh", "money"], str, float | None, str]] = [
@@ -254,6 +256,8 @@ def _predictions(
         ("Whole study", "s", "total_seconds", cost.seconds if cost else None, "all steps but fetching"),
         ("Memory while training", "bytes", "train_peak_rss_bytes", max(peaks) if peaks else None, "peak, one seed"),
         ("Memory while measuring", "bytes", "evaluate_peak_rss_bytes", max(measured_peaks) if measured_peaks else None, "peak of any arm"),
+        ("Memory of the GPU while training", "bytes", "train_peak_gpu_bytes", max(gpu_trained, default=None), "peak, one seed"),
+        ("Memory of the GPU while measuring", "bytes", "evaluate_peak_gpu_bytes", max(gpu_measured, default=None), "peak of any arm"),
         ("Electricity", "kWh", "energy_kwh", kwh.value if kwh else None, "by the measured time"),
         ("Money", "money", "money", money.value if money else None, "by the measured time"),
     ]
@@ -329,8 +333,8 @@ def _reproduce(
     environment: dict[str, Any] = next((r["environment"] for r in records.values() if r.get("environment")), {})
     versions = {k: str(v) for k, v in environment.get("versions", {}).items()}
     machine = dict((plan or {}).get("machine") or {})
-    for key in ("kernels", "dtype", "threads"):
-        if key in environment and key not in machine:
+    for key in ("device", "kernels", "dtype", "threads"):
+        if key in environment and (key not in machine or key == "kernels"):  # the machine's own are the processor's
             machine[key] = environment[key]
     return Reproduce(
         commands=[f"fourscore run runs/{study.study}/study.yaml", f"fourscore verify runs/{study.study}"],

@@ -61,7 +61,7 @@ GATE_KINDS = (
 )
 MACHINE_NAMES = {
     "cpu": "Processor", "cores": "Cores", "threads": "Threads", "memory_bytes": "Memory", "os": "System", "virtual": "Virtual machine",
-    "instructions": "Instruction sets", "kernels": "4-bit kernels", "dtype": "Computed in",
+    "instructions": "Instruction sets", "kernels": "4-bit kernels", "dtype": "Computed in", "device": "Computed on",
 }  # fmt: skip
 _WORDS = {"PASS": "Pass", "FAIL": "Fail", "INCONCLUSIVE": "Inconclusive"}
 

@@ -115,7 +115,9 @@ class ArmResult(Open):
     disk_bytes: int | None = None
     adapter_bytes: int | None = None
     load_seconds: float | None = None
+    device: str | None = None
     peak_rss_bytes: int | None = None
+    peak_gpu_bytes: int | None = None
     latency: Latency | None = None
     throughput: Throughput | None = None
     energy: Energy | None = None
@@ -253,6 +255,7 @@ class TrainingRun(Open):
     seconds: float | None = None
     tokens_per_second: float | None = None
     peak_rss_bytes: int | None = None
+    peak_gpu_bytes: int | None = None
     validation_loss: float | None = None
     validation_loss_start: float | None = None
     label_prior_loss: float | None = None

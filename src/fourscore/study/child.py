@@ -22,13 +22,13 @@ def die_with_parent(parent: int) -> None:
 
 
 def without_bitsandbytes() -> None:
-    """Keep PEFT from importing bitsandbytes on a machine without a GPU, where nothing here uses it.
+    """Keep PEFT from importing bitsandbytes where the study computes on the CPU, and nothing here uses it.
 
     Installed for other reasons, it would cost every step seconds and hundreds of megabytes, and look for a kernel on the network.
     """
-    import torch
+    from fourscore.model.device import on_gpu
 
-    if not torch.cuda.is_available():
+    if not on_gpu():
         sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # Python's own way to say: not to be had
 
 

@@ -23,14 +23,14 @@ def threads(study: Study) -> int:
 
 
 def describe(study: Study) -> dict[str, Any]:
-    """Versions, kernels, dtype and threads: part of every step's key."""
-    from fourscore import nf4
+    """Versions, device, kernels, dtype and threads: part of every step's key."""
     from fourscore.machine import has_bf16
+    from fourscore.model.device import describe_device, on_gpu
 
     return {
         "versions": versions(),
-        "kernels": nf4.backend(),
-        "dtype": "bfloat16" if has_bf16() else "float32",
+        **describe_device(),
+        "dtype": "bfloat16" if on_gpu() or has_bf16() else "float32",
         "threads": threads(study),
         "machine": platform.machine(),
     }

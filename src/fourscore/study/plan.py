@@ -35,6 +35,7 @@ def plan(study: Study, base: Path, data: Path) -> dict[str, Any]:
     Money is electricity and the machine's wear, as in the measures. Raises FourscoreError when a row could not be trained on.
     """
     from fourscore.machine import describe_machine, power
+    from fourscore.model.device import gpu_memory_bytes, peak_gpu_bytes
 
     began = time.monotonic()
     check = read_json(data / "check.json")
@@ -47,16 +48,20 @@ def plan(study: Study, base: Path, data: Path) -> dict[str, Any]:
     evaluate_seconds, floor_seconds, evaluate_peak = _evaluate_seconds(study, base, data, check, starts)
     train_peak, evaluate_peak = int(GROWTH * probe["peak_rss_bytes"]), int(GROWTH * evaluate_peak)
     total = train_seconds + evaluate_seconds + floor_seconds + time.monotonic() - began
+    gpu = gpu_memory_bytes()
+    gpu_peaks = {"train_peak_gpu_bytes": probe["peak_gpu_bytes"], "evaluate_peak_gpu_bytes": peak_gpu_bytes()} if gpu else {}
     watts = power(study.cost.watts, machine, threads=environment.threads(study))
     kwh = watts.watts * total / 3.6e6
     wear = study.cost.machine_price * total / (study.cost.machine_years * SECONDS_A_YEAR)
     return {
         "model_bytes": probe["model_bytes"],
+        "device": environment.describe(study)["device"],
         "predicted": {
             "train_seconds": train_seconds,
             "train_peak_rss_bytes": train_peak,
             "evaluate_seconds": evaluate_seconds,
             "evaluate_peak_rss_bytes": evaluate_peak,
+            **gpu_peaks,
             "total_seconds": total,
             "energy_kwh": kwh,
             "money": kwh * study.cost.price_per_kwh + wear,
@@ -64,6 +69,7 @@ def plan(study: Study, base: Path, data: Path) -> dict[str, Any]:
         "power": asdict(watts),
         "machine": machine.to_json(),
         "fits": max(train_peak, evaluate_peak) <= memory,
+        "gpu_memory_bytes": gpu,
         "memory_limit_bytes": memory,
         "probe": {k: probe[k] for k in ("seconds", "tokens", "peak_rss_bytes")},
         "training_tokens": tokens,
@@ -135,6 +141,7 @@ def plan_text(told: Mapping[str, Any]) -> str:
     predicted = told["predicted"]
     gib = 2**30
     lines = [
+        f"computes on      {told['device']}",
         f"fits in memory   {'yes' if told['fits'] else 'NO'}: training needs {predicted['train_peak_rss_bytes'] / gib:.2f} GiB, "
         f"measuring {predicted['evaluate_peak_rss_bytes'] / gib:.2f} GiB, "
         f"{told['memory_limit_bytes'] / gib:.1f} GiB may be used (the 4-bit model is {told['model_bytes'] / 2**20:,.0f} MiB)",
@@ -146,4 +153,10 @@ def plan_text(told: Mapping[str, Any]) -> str:
         + ", ".join(f"{100 * effect:.1f} points on {task}" for task, effect in told["smallest_effect"].items())
         + f" (80% power, if {100 * GUESSED_DISCORDANCE:.0f}% of the answers differ)",
     ]
+    if told["gpu_memory_bytes"]:
+        lines[2:2] = [
+            f"of the GPU       training needs {predicted['train_peak_gpu_bytes'] / gib:.2f} GiB, measuring "
+            f"{predicted['evaluate_peak_gpu_bytes'] / gib:.2f} GiB, it has {told['gpu_memory_bytes'] / gib:.1f} GiB "
+            "(its electricity is not counted)"
+        ]
     return "\n".join([*lines, *(f"warning          {line}" for line in told["warnings"])])

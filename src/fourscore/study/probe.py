@@ -17,6 +17,7 @@ def probe_training(study: Study, base: Path, data: Path) -> dict[str, Any]:
     """One optimiser step on the longest rows, with the 4-bit base and a fresh adapter."""
     from fourscore.data import read_rows
     from fourscore.model import add_lora, load
+    from fourscore.model.device import peak_gpu_bytes
     from fourscore.train import probe
 
     rows = read_rows(data, "train")
@@ -31,6 +32,7 @@ def probe_training(study: Study, base: Path, data: Path) -> dict[str, Any]:
         "seconds": taken.seconds,
         "tokens": taken.tokens,
         "peak_rss_bytes": taken.peak_rss_bytes,
+        "peak_gpu_bytes": peak_gpu_bytes(),
         "load_seconds": load_seconds,
         "working_seconds": time.monotonic() - started,
         "model_bytes": model.disk_bytes,

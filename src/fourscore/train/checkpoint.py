@@ -88,13 +88,15 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 def random_state() -> dict[str, Tensor]:
-    """torch's random stream, the only one training draws from (dropout)."""
-    return {"torch": torch.get_rng_state()}
+    """torch's random streams, the only ones training draws from (dropout)."""
+    return {"torch": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})}
 
 
 def restore_random_state(state: dict[str, Tensor]) -> None:
     """Undo of `random_state`."""
     torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -17,10 +17,11 @@ import peft
 import torch
 import transformers
 
-from fourscore import nf4, spec
+from fourscore import spec
 from fourscore.files import FourscoreError, hash_file, hash_json, read_json, write_json, write_jsonl
 from fourscore.machine import peak_rss_bytes
 from fourscore.model import base_sha256, save_adapter
+from fourscore.model.device import kernels_of, peak_gpu_bytes, seeded
 from fourscore.progress import say, track
 from fourscore.train.batches import Example, micro_batches, plan_steps, render_examples
 from fourscore.train.checkpoint import Checkpoint, load_checkpoint, random_state, remove_checkpoints, restore_random_state, save_checkpoint
@@ -62,16 +63,14 @@ def train(
 
     A checkpoint found in out/checkpoint is resumed, and removed at the end; one of another run is a FourscoreError, as are
     a loss that is not finite and a row without a trainable token (with the row's number). The same seed, rows, settings,
-    kernels and thread count give the same weights bit for bit, interrupted or not.
+    kernels and thread count give the same weights bit for bit, interrupted or not (on a CPU; a GPU sums in any order).
     """
     if not train_rows or not validation_rows:
         raise FourscoreError(f"no {'validation' if train_rows else 'training'} rows", todo="change `data.split` or add rows")
     examples = render_examples(model.tokenizer, train_rows)
     held_out = render_examples(model.tokenizer, validation_rows)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        with fused(model.network):
-            return _Run(model, examples, held_out, settings, seed, out).go()
+    with seeded(seed, model.network), fused(model.network):
+        return _Run(model, examples, held_out, settings, seed, out).go()
 
 
 def _finished_before(out: Path, key: str) -> TrainResult | None:
@@ -205,6 +204,7 @@ class _Run:
             "seconds": state["seconds"],
             "tokens_per_second": state["tokens"] / max(state["seconds"], 1e-9),
             "peak_rss_bytes": peak_rss_bytes(),
+            "peak_gpu_bytes": peak_gpu_bytes(),
             "validation_loss": state["validation_loss"],
             "validation_loss_start": state["validation_loss_start"],
             "label_prior_loss": self.prior,
@@ -234,7 +234,7 @@ def run_key(
         "rows": hash_json([[e.ids, e.prompt_length] for e in examples]),
         "validation_rows": hash_json([[e.ids, e.prompt_length] for e in held_out]),
         "adapter_at_start": hash_json(start),
-        "kernels": nf4.backend(),
+        "kernels": kernels_of(model.network),
         "threads": torch.get_num_threads(),
         "dtype": dtype,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourscore.files import FourscoreError
+from fourscore.model.device import device_of
 from fourscore.train.ops import nats_
 
 CHUNK = 256  # positions whose logits exist at one time: 25 MB of bf16 at a vocabulary of 49,152; 128 cost 6% more, 64 twice that
@@ -45,6 +46,8 @@ class AnswerLoss:
 
         Source: the model's own logits at `positions`, soft-max in f32.
         """
+        device = device_of(self.causal_lm)
+        input_ids, positions, targets = input_ids.to(device), positions.to(device), targets.to(device)
         if self.plain is None:
             self.plain = self._shown_plain(input_ids, positions)
         hidden, logits = self._forward(input_ids, positions, everything=not self.plain)
@@ -100,7 +103,7 @@ class _ChunkedNats(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for first in range(0, len(targets), CHUNK):
             rows = slice(first, first + CHUNK)

@@ -15,6 +15,7 @@ from fourscore.files import FourscoreError
 from fourscore.machine import has_bf16
 from fourscore.train.batches import Example, Step, collate, micro_batches
 from fourscore.train.loss import AnswerLoss
+from fourscore.train.paged import paged, put_state, state_tensors
 
 FLOOR = 0.1  # the cosine ends at this share of the peak learning rate
 JUDGE_TOKENS = 2048  # tokens of one forward pass when nothing is kept for a backward pass
@@ -74,7 +75,7 @@ class Optimiser:
             )
         self.loss = AnswerLoss(network)
         groups = learning_groups(self.parameters, settings.lora_plus)
-        self.adamw = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+        self.adamw = paged(torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True))
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of step `step` (from 0): linear warm-up, then half a cosine down to a tenth of the peak."""
@@ -134,7 +135,7 @@ class Optimiser:
         return {
             f"{kind}.{name}": value
             for name, parameter in self.parameters.items()
-            for kind, value in self.adamw.state.get(parameter, {}).items()
+            for kind, value in state_tensors(self.adamw, parameter).items()
         }
 
     def restore(self, adapter: dict[str, Tensor], state: dict[str, Tensor]) -> None:
@@ -143,7 +144,7 @@ class Optimiser:
         for name, parameter in self.parameters.items():
             kinds = {k.split(".", 1)[0]: v for k, v in state.items() if k.split(".", 1)[1] == name}
             if kinds:
-                self.adamw.state[parameter] = kinds
+                put_state(self.adamw, parameter, kinds)
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of the trainable parameters."""
