@@ -130,11 +130,39 @@ def test_a_split_base_and_its_adapter_are_the_model(tiny_llama: Path, tmp_path: 
     assert config["base_model_name_or_path"] == f"{tiny_llama.name}-{kind}-r4"
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter))
     torch.testing.assert_close(logits(peft), both, rtol=1e-4, atol=1e-4)
-    with pytest.raises(FourscoreError, match="made for another base"):
-        load(tiny_llama, "nf4", adapter)
+    found = load(tiny_llama, "f32", adapter)  # asked for by the model's name, it is found beside the adapter
+    assert found.path == base
+    assert torch.equal(logits(found.network), both)
     model = load(base, "nf4", adapter, trainable=True)
     assert len(parameters(model.network)) == (6 if method == "dora" else 4) * 2
     assert all(p.dtype == torch.float32 for p in parameters(model.network).values())
+
+
+def test_an_adapter_without_its_own_base_is_one_line(tiny_llama: Path, tmp_path: Path) -> None:
+    base, adapter = split_base(tiny_llama, Train(rank=4, init="olora", targets=["q_proj"]), tmp_path)
+    kept = tmp_path / "elsewhere"
+    shutil.move(base, kept)
+    with pytest.raises(
+        FourscoreError, match=r"base of its own \(.*-olora-r4, \w{12}\), which is not beside it.*[Pp]ut the run's `base` folder"
+    ) as raised:
+        load(tiny_llama, "nf4", adapter)
+    assert "\n" not in str(raised.value)
+    assert load(kept, "nf4", adapter).path == kept
+    split_base(tiny_llama, Train(rank=2, init="olora", targets=["q_proj"]), tmp_path / "other")
+    shutil.copytree(tmp_path / "other" / "base", base)
+    with pytest.raises(FourscoreError, match="and the one beside it is another"):
+        load(tiny_llama, "nf4", adapter)
+    with pytest.raises(FourscoreError, match="made for another base"):
+        load(base, "nf4", adapter)
+
+
+def test_a_base_is_quantised_as_its_adapter_was_trained(tiny_llama: Path, tmp_path: Path) -> None:
+    model = add_lora(load(tiny_llama, "nf4", block_size=128, double_quant=False), Train(rank=4, targets=["q_proj"]), 1)
+    folder = save_adapter(model, tmp_path / "adapter")
+    again = load(tiny_llama, "nf4", folder)
+    assert (again.block_size, again.double_quant) == (128, False)
+    assert torch.equal(logits(again.network), logits(model.network))
+    assert load(tiny_llama, "nf4", folder, block_size=64, double_quant=True).block_size == 64
 
 
 def test_eva_reads_the_rows(tiny_llama: Path, tmp_path: Path) -> None:

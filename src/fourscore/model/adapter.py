@@ -19,6 +19,7 @@ from fourscore.model.device import seeded
 from fourscore.model.folder import base_sha256, safetensors_header
 from fourscore.model.loading import Model
 from fourscore.model.names import PROVENANCE
+from fourscore.progress import say
 from fourscore.spec import NEW_BASE, Train
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from fourscore.data import Row
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OWN_BASE = "base"  # the folder beside an adapter's that holds the base which was split for it
 
 
 def add_lora(model: Model, settings: Train, seed: int, rows: Sequence[Row] | None = None) -> Model:
@@ -142,7 +144,8 @@ def base_name(model: Model) -> str:
 def save_adapter(model: Model, folder: Path) -> Path:
     """Write the adapter as PEFT does (adapter_config.json, adapter_model.safetensors) and fourscore.json beside it, atomically.
 
-    fourscore.json: `base_sha256` of the base's files, `base`, `weights` (the form it was trained on), block size.
+    fourscore.json: `base_sha256` of the base's files, `base`, `weights` (the form it was trained on), block size; and of a base that was
+    split for its adapters `split_from`, the name and hash of what it was before.
     """
     from peft.peft_model import PeftModel
 
@@ -156,6 +159,8 @@ def save_adapter(model: Model, folder: Path) -> Path:
         "block_size": model.block_size,
         "double_quant": model.double_quant,
     }
+    if (origin := record_of(model.path).get("split_from")) is not None:
+        record["split_from"] = origin
     with atomic_folder(folder) as part:
         model.network.save_pretrained(str(part), save_embedding_layers=False)
         (part / "README.md").unlink(missing_ok=True)  # PEFT's template says nothing: the report writes the model card
@@ -183,8 +188,7 @@ def check_adapter(folder: str | Path, base: str | Path | None = None) -> dict[st
             raise FourscoreError(what, where=str(root), todo="save it as safetensors where you trust it")
         raise FourscoreError(f"not an adapter: no {WEIGHTS}", where=str(root), todo="give the folder that training wrote")
     safetensors_header(root / WEIGHTS)
-    if base is not None and (root / PROVENANCE).exists():
-        record = read_json(root / PROVENANCE)
+    if base is not None and (record := record_of(root)):
         wanted, found = record.get("base_sha256"), base_sha256(base)
         if wanted != found:
             raise FourscoreError(
@@ -193,6 +197,32 @@ def check_adapter(folder: str | Path, base: str | Path | None = None) -> dict[st
                 todo="load it on the base it was trained on",
             )
     return config
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """What fourscore.json in a folder says; empty where there is none."""
+    return read_json(folder / PROVENANCE) if (folder / PROVENANCE).exists() else {}
+
+
+def base_of(adapter: Path, asked: Path) -> Path:
+    """The base to load for an adapter: the folder asked for, or what was split from it for this adapter and stands beside it as `base`.
+
+    A FourscoreError where such a base is wanted and is not there.
+    """
+    record = record_of(adapter)
+    origin = record.get("split_from")
+    if origin is None or base_sha256(asked) != origin["sha256"]:
+        return asked
+    own = adapter.parent / OWN_BASE
+    if own.is_dir() and base_sha256(own) == record["base_sha256"]:
+        say(f"{adapter}: works on the base that was split for it, {own}")
+        return own
+    raise FourscoreError(
+        f"the adapter works on a base of its own ({record['base']}, {record['base_sha256'][:12]}), "
+        + ("and the one beside it is another" if own.is_dir() else "which is not beside it"),
+        where=str(own),
+        todo=f"put the run's `{OWN_BASE}` folder there, or load that base by its path",
+    )
 
 
 def attach(model: Model, folder: Path, trainable: bool = False) -> Model:

@@ -64,22 +64,30 @@ def load(
     weights: Weights = "nf4",
     adapter: Path | None = None,
     *,
-    block_size: int = 64,
-    double_quant: bool = True,
+    block_size: int | None = None,
+    double_quant: bool | None = None,
     trainable: bool = False,
     device: Device = "auto",
 ) -> Model:
     """Load a model: a catalog name, a hub name or a folder, fetched when need be.
 
     weights: `nf4` (what is not quantised stays bfloat16), `bf16` or `f32`. A folder that bitsandbytes or fourscore wrote in
-    NF4 loads as nf4 with the block size of its file. adapter: a PEFT folder made for this very base. trainable: training mode and
-    trainable adapter; the weights of the base are frozen either way. device: `auto` is the GPU where torch sees one and bitsandbytes
-    is installed, else the CPU. Errors: unknown weights, damaged files, pickles, a
-    foreign adapter, mixture-of-experts weights with nf4.
+    NF4 loads as nf4 with the block size of its file. adapter: a PEFT folder made for this very base, or for what was split from it and
+    stands beside the adapter. block_size, double_quant: as the adapter was trained where not given, else 64 and True. trainable:
+    training mode and trainable adapter; the weights of the base are frozen either way. device: `auto` is the GPU where torch sees one
+    and bitsandbytes is installed, else the CPU. Errors: unknown weights, damaged files, pickles, a foreign adapter, mixture-of-experts
+    weights with nf4.
     """
     if weights not in _DTYPES:
         raise FourscoreError(f"no weights `{weights}`", todo=f"use {', '.join(_DTYPES)}")
-    path = check_folder(pull(name_or_path))
+    path, trained = check_folder(pull(name_or_path)), dict[str, Any]()
+    if adapter is not None:
+        from fourscore.model.adapter import attach, base_of, record_of
+
+        path, trained = check_folder(base_of(Path(adapter), path)), record_of(Path(adapter))
+    block_size = block_size or trained.get("block_size") or 64
+    if double_quant is None:
+        double_quant = trained.get("double_quant") is not False
     tokenizer = load_tokenizer(path)
     with _quiet_loading():
         network, quantised, held = _network(path, weights, block_size, double_quant)
@@ -93,8 +101,6 @@ def load(
     )
     if adapter is None:
         return model
-    from fourscore.model.adapter import attach
-
     return attach(model, Path(adapter), trainable)
 
 

@@ -1,7 +1,7 @@
 """PiSSA and OLoRA: an adapter that starts as the main part of the weights, and the base that lacks it.
 
-The base is an ordinary 16-bit directory, quantised like any other when it is loaded; the adapter names it by its hash. What the
-new base loses when it is rounded to 16 and to 4 bits is lost in both.
+The base is an ordinary 16-bit directory, quantised like any other when it is loaded; the adapter names it by its hash, and both say
+what it was split from. What the new base loses when it is rounded to 16 and to 4 bits is lost in both.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fourscore.files import FourscoreError, atomic_folder
-from fourscore.model.adapter import add_lora, save_adapter
+from fourscore.model.adapter import OWN_BASE, add_lora, save_adapter
 from fourscore.model.dora import reset_magnitudes
-from fourscore.model.folder import check_folder
+from fourscore.model.folder import base_sha256, check_folder
 from fourscore.model.initialise import lora_layers, principal
 from fourscore.model.loading import load
 from fourscore.model.names import describe
@@ -55,14 +55,15 @@ def split_base(base: Path, settings: Train, out: Path) -> tuple[Path, Path]:
             bar.advance()
             return torch.addmm(W, B, A, alpha=-scale)
 
-        with atomic_folder(out / "base") as part:
-            rewrite(base, part, without_main_part, told=provenance(base, name, kind, note))
+        with atomic_folder(out / OWN_BASE) as part:
+            origin = {"name": describe(base).name, "sha256": base_sha256(base)}
+            rewrite(base, part, without_main_part, told=provenance(base, name, kind, note) | {"split_from": origin})
     if absent := sorted(targets - halves.keys()):
         raise FourscoreError(f"the weights of layer {absent[0]} do not stand in the file under that name", where=str(base))
-    model = add_lora(load(out / "base", weights="bf16", device="cpu"), settings.model_copy(update={"init": "lora"}), seed=0)
+    model = add_lora(load(out / OWN_BASE, weights="bf16", device="cpu"), settings.model_copy(update={"init": "lora"}), seed=0)
     for layer, (A, B) in halves.items():
         lora = lora_layers(model.network)[layer]
         lora.lora_A["default"].weight.data, lora.lora_B["default"].weight.data = A, B
     reset_magnitudes(model.network)
     save_adapter(model, out / "adapter")
-    return out / "base", out / "adapter"
+    return out / OWN_BASE, out / "adapter"

@@ -37,6 +37,7 @@ from fourscore.report.schema import (
 from fourscore.spec import Study, read_study
 
 T = TypeVar("T", bound=BaseModel)
+OWN_BASE = "the adapter's own base"
 
 ABSENT_HERE = (
     Gap(what="Safety", why="Whether the tuned model refuses what it should, or can be talked out of it. This version has no such test."),
@@ -329,6 +330,8 @@ def _reproduce(
         hashes["base model"] = base_sha256
     if shipped and shipped.adapter_sha256:
         hashes["adapter"] = shipped.adapter_sha256
+    if shipped and shipped.base_sha256:
+        hashes[OWN_BASE] = shipped.base_sha256
     hashes["verdict.json"] = hash_file(run / "verdict.json")
     environment: dict[str, Any] = next((r["environment"] for r in records.values() if r.get("environment")), {})
     versions = {k: str(v) for k, v in environment.get("versions", {}).items()}

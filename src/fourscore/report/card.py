@@ -106,10 +106,20 @@ def _shipped(facts: Report) -> ArmResult | None:
     return next((arm for arm in facts.arms if arm.shipped), None)
 
 
+def _own_base(facts: Report) -> str | None:
+    """The hash of the base that was split for the adapter; None where it works on the model itself."""
+    return facts.verdict.shipped.base_sha256 if facts.verdict.shipped else None
+
+
 def _intro(facts: Report) -> str:
     base = _text(facts.model.hub_name or facts.model.name)
     lines = [f"# {_text(facts.study.name)}", f"**{facts.verdict.verdict}.** {_text(facts.verdict.headline)}", _text(facts.verdict.sentence)]
     lines.append(f"A LoRA adapter for {base}, trained on the base in 4 bits (NF4) and judged on held-out questions by fourscore.")
+    if own := _own_base(facts):
+        lines.append(
+            f"It does not work on {base} itself. It began as a part of that model ({facts.study.settings['train']['init']}), and its base "
+            f"is what was left: the folder `base` that stands beside `adapter` (files with SHA-256 `{own}`)."
+        )
     return "\n\n".join(line for line in lines if line)
 
 
@@ -118,13 +128,15 @@ def _use(facts: Report) -> str:
     answers = f" Permitted answers: {', '.join(_text(c) for c in facts.study.choices)}." if facts.study.choices else ""
     caution = "" if facts.verdict.verdict == "PASS" else f" Its study did not pass ({facts.verdict.verdict}): do not use it as it is."
     base = facts.model.hub_name or facts.model.name
-    told_hash = facts.reproduce.hashes.get("base model")
+    own = _own_base(facts)
+    told_hash = own or facts.reproduce.hashes.get("base model")
+    name, base = ("base", "base") if own else (facts.model.name, base)
     double = facts.study.settings["model"]["double_quant"]
     weights = f" (files with SHA-256 `{told_hash}`)" if told_hash else ""
     code = f"""```python
 import fourscore
 
-model = fourscore.load({facts.model.name!r}, weights="nf4", adapter="adapter")
+model = fourscore.load({name!r}, weights="nf4", adapter="adapter")
 ```
 
 or with PEFT and bitsandbytes, which read the same format:

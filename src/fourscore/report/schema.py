@@ -194,6 +194,7 @@ class Shipped(Open):
     arm: str
     seed: int | None = None
     adapter_sha256: str | None = None
+    base_sha256: str | None = Field(None, description="of the adapter's own base (`base/` in the run folder), where it has one")
     validation_loss: float | None = None
 
 

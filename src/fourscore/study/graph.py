@@ -106,7 +106,7 @@ def base_of_adapters(context: Context) -> Path:
 def train_adapter(context: Context) -> None:
     """Train one adapter on the 4-bit base."""
     from fourscore.data import read_rows
-    from fourscore.model import add_lora, load
+    from fourscore.model import add_lora, base_sha256, load
     from fourscore.train import train
 
     study, seed = context.study, int(context.step.removeprefix("train-"))
@@ -117,7 +117,8 @@ def train_adapter(context: Context) -> None:
     model = load(base, "nf4", start, block_size=form.block_size, double_quant=form.double_quant, trainable=True)
     tuned = model if start else add_lora(model, study.train, seed, rows)
     result = train(tuned, rows, read_rows(data, "validation"), study.train, seed, context.out)
-    write_json(context.out / "result.json", {k: result.summary[k] for k in ("validation_loss", "adapter_sha256")})
+    own = {"base_sha256": base_sha256(base)} if RESIDUAL in context.folders else {}
+    write_json(context.out / "result.json", {k: result.summary[k] for k in ("validation_loss", "adapter_sha256")} | own)
 
 
 def evaluate_base(context: Context) -> None:
@@ -165,7 +166,7 @@ def measure_floor(context: Context) -> None:
 
 
 def losses_of(context: Context) -> dict[int, dict[str, Any]]:
-    """Seed -> its validation loss and the hash of its adapter."""
+    """Seed -> its validation loss, the hash of its adapter, and of the adapters' own base where there is one."""
     return {seed: read_json(context.folders[f"train-{seed}"] / "result.json") for seed in context.study.train.seeds}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fourscore.files import FourscoreError, canonical_json, hash_file, read_json
+from fourscore.model import base_sha256
 from fourscore.spec import Study, read_study
 from fourscore.study import environment, evidence, publish
 from fourscore.study.graph import graph_of, losses_of, shipped_seed
@@ -92,6 +93,9 @@ def _check_inputs(study: Study, inputs: Inputs, done: dict[str, Finished]) -> li
         wrong.append(f"base model {study.model.name}: its files are not the ones that were measured")
     if inputs.source_sha256 != read_json(done["data"].folder / "check.json")["sha256"]:
         wrong.append(f"{study.data.source}: changed since it was read")
+    own = read_json(done["verdict"].folder / "verdict.json")["shipped"].get("base_sha256")
+    if own and base_sha256(done["residual"].folder / "base") != own:
+        wrong.append("base: not the one that the adapter was trained and measured on")
     return wrong
 
 
