@@ -5,6 +5,7 @@ It works on token ids: what a prompt looks like is the business of `data`, what 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,9 +17,16 @@ from torch import Tensor
 
 from fourscore.engine.adapters import Adapters
 from fourscore.engine.decode import DecodeState, Generation, batches, decode, decode_again, sampler
+from fourscore.engine.grammar import Grammars
+from fourscore.engine.loop import Loop, Stats
 from fourscore.engine.packing import packs
 from fourscore.engine.runner import Runner
-from fourscore.engine.trial import caching_fault, packing_fault
+from fourscore.engine.sampling import Sampler, Sampling
+from fourscore.engine.sequence import Sequence as Queued
+from fourscore.engine.stream import Stream
+from fourscore.engine.text import Text
+from fourscore.engine.transformers_runner import TransformersRunner
+from fourscore.engine.trial import caching_fault, chunking_fault, packing_fault
 from fourscore.files import FourscoreError
 from fourscore.progress import say
 
@@ -26,6 +34,7 @@ if TYPE_CHECKING:
     from fourscore.model import Model
 
 PACK_TOKENS = 256  # attention grows with a pack, the matrix products gain little above this (measured on CPUs, 128 to 1,024)
+CACHE_TOKENS = 16_384  # of all caches together: 0.4 GB for SmolLM2-135M in 16 bits, 0.5 GB for a 1B shape
 ROWS = 64  # logits are turned to f32 this many rows at a time: 12 MB at 49,152 words
 
 Request = tuple[Sequence[int], Sequence[int]]
@@ -45,16 +54,20 @@ class Engine:
         path: Literal["packed", "plain"] = "packed",
         *,
         pack_tokens: int = PACK_TOKENS,
+        cache_tokens: int = CACHE_TOKENS,
     ) -> None:
         if path not in ("packed", "plain"):
             raise FourscoreError(f"no engine path `{path}`", todo="use `packed` or `plain`")
         self.model, self.tokenizer = model, model.tokenizer
         self.adapters = Adapters(model.network, adapters or {})
         self.runner = Runner(self.adapters.network)
-        self.pack_tokens = pack_tokens
+        self.pack_tokens, self.cache_tokens = pack_tokens, cache_tokens
         self.stop_ids = _stop_ids(model)
         self.path: Literal["packed", "plain"] = path
         self._cached: bool | None = None
+        self._grammars = Grammars(self.tokenizer, self.stop_ids, self.runner.vocabulary)
+        self._making = threading.Lock()
+        self._made: Loop | None = None
         if path == "packed":
             with self._running(None):
                 fault = packing_fault(self.runner)
@@ -178,6 +191,59 @@ class Engine:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         ends = [at for s in stop_strings if (at := text.find(s)) >= 0]
         return Generation(ids, text[: min(ends)] if ends else text, "stop" if stopped or ends else "length")
+
+    def submit(self, ids: Sequence[int], sampling: Sampling | None = None, adapter: str | None = None) -> Stream:
+        """Begin to answer a prompt while others are answered; from any thread. The answer comes through the stream.
+
+        Errors at once: an unknown adapter, a schema that cannot be followed, a prompt that leaves no room for max_new_tokens.
+        """
+        return self._submit(ids, sampling or Sampling(), adapter, threaded=True).stream
+
+    def add_adapter(self, name: str, folder: str | Path) -> None:
+        """Load another adapter, between two steps of what is under way."""
+        with self._loop.work:
+            self.adapters.add(name, Path(folder))
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter: new requests for it are refused at once, those under way are waited for."""
+        self.adapters.check(name)
+        self._loop.drain(name, lambda: self.adapters.remove(name))
+
+    def stats(self) -> Stats:
+        """What runs and waits, the cache, tokens in and out per adapter."""
+        return self._loop.stats()
+
+    def close(self, *, drain: bool = True) -> None:
+        """Refuse new streams, finish those under way (or cancel them: drain=False), and give their memory back."""
+        self._loop.close(drain=drain)
+
+    @property
+    def _loop(self) -> Loop:
+        """Made at the first use: what the network can do is tried then."""
+        with self._making:
+            if self._made is None:
+                caches = self._caches()
+                with self._running(None):
+                    fault = chunking_fault(self.runner) if caches else None
+                runner = TransformersRunner(self.runner, self.adapters, self.cache_tokens, caches=caches, chunks=fault is None)
+                self._made = Loop(runner, partial(self._running, None), self.stop_ids)
+            return self._made
+
+    def _submit(self, ids: Sequence[int], sampling: Sampling, adapter: str | None, *, threaded: bool, copy: int = 0) -> Queued:
+        prompt, loop = [int(i) for i in ids], self._loop
+        if not prompt:
+            raise FourscoreError("an empty prompt", where="the prompt", todo="begin it with the model's first token")
+        self._fits(len(prompt) + sampling.max_new_tokens, "the prompt", "shorten it or lower max_new_tokens")
+        if len(prompt) + sampling.max_new_tokens + loop.runner.page > loop.runner.limit:
+            raise FourscoreError(
+                f"{len(prompt)} tokens and {sampling.max_new_tokens} new ones, and the cache takes {loop.runner.limit}",
+                where="the prompt",
+                todo="shorten it, lower max_new_tokens, or make the engine with more cache_tokens",
+            )
+        self.adapters.check(adapter)
+        matcher = None if sampling.schema is None else self._grammars.matcher(sampling.schema)
+        sampler, text = Sampler(sampling, prompt, copy, matcher), Text.of(self.tokenizer, sampling.stop)
+        return loop.submit(lambda number: Queued(number, prompt, sampling, adapter, sampler, text), threaded=threaded)
 
     def prefill(self, prompt: Sequence[int], adapter: str | None = None) -> DecodeState:
         """Compute a prompt and choose the first token (`state.next_id`, the likeliest): what a reader waits for at first."""
