@@ -6,6 +6,8 @@ It works on token ids: what a prompt looks like is the business of `data`, what 
 from __future__ import annotations
 
 import threading
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,15 +18,16 @@ import torch
 from torch import Tensor
 
 from fourscore.engine.adapters import Adapters
-from fourscore.engine.decode import DecodeState, Generation, batches, decode, decode_again, sampler
+from fourscore.engine.answer import Answer, Generation
+from fourscore.engine.decode import DecodeState, batches, decode, decode_again
 from fourscore.engine.grammar import Grammars
+from fourscore.engine.interface import Rows
 from fourscore.engine.loop import Loop, Stats
 from fourscore.engine.packing import packs
 from fourscore.engine.runner import Runner
-from fourscore.engine.sampling import Sampler, Sampling
+from fourscore.engine.sampling import Sampling
 from fourscore.engine.sequence import Sequence as Queued
 from fourscore.engine.stream import Stream
-from fourscore.engine.text import Text
 from fourscore.engine.transformers_runner import TransformersRunner
 from fourscore.engine.trial import caching_fault, chunking_fault, packing_fault
 from fourscore.files import FourscoreError
@@ -64,6 +67,7 @@ class Engine:
         self.pack_tokens, self.cache_tokens = pack_tokens, cache_tokens
         self.stop_ids = _stop_ids(model)
         self.path: Literal["packed", "plain"] = path
+        self.fast = False
         self._cached: bool | None = None
         self._grammars = Grammars(self.tokenizer, self.stop_ids, self.runner.vocabulary)
         self._making = threading.Lock()
@@ -138,36 +142,38 @@ class Engine:
         An answer stops at the model's own end tokens (its generation config's and the tokenizer's), at `stop_ids`, before one
         of `stop_strings`, or after `max_new_tokens`. A prompt that leaves no room for them is a FourscoreError.
         """
-        if max_new_tokens < 1 or temperature < 0:
-            raise FourscoreError("max_new_tokens must be at least 1 and temperature at least 0")
+        if isinstance(stop_strings, str):
+            raise FourscoreError("stop_strings is a string", todo="give a list of strings")
+        asked = Sampling(
+            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=tuple(stop_strings), stop_ids=tuple(stop_ids or ())
+        )
         for i, prompt in enumerate(prompts):
             if not prompt:
                 raise FourscoreError("an empty prompt", where=f"prompt {i}", todo="begin it with the model's first token")
             self._fits(len(prompt) + max_new_tokens, f"prompt {i}", "shorten it or lower max_new_tokens")
-        stops = self.stop_ids | set(stop_ids or ())
-        pick = sampler(temperature, seed, prompts)
-        results: dict[int, Generation] = {}
+        seen: Counter[tuple[int, ...]] = Counter()  # equal prompts are asked again, not copied
+        answers = []
+        for prompt in prompts:
+            answers.append(Answer(prompt, asked, self.stop_ids, self.tokenizer, copy=seen[tuple(prompt)]))
+            seen[tuple(prompt)] += 1
+        if self.fast:
+            self._loop.finish([self._enqueue(p, a, adapter, threaded=False) for p, a in zip(prompts, answers, strict=True)], advance)
+        else:
+            with self._running(adapter):
+                for batch in batches(prompts, max_new_tokens, 0 if not self._caches() else self.runner.rope_switch):
+                    self._decode([list(prompts[i]) for i in batch], [answers[i] for i in batch])
+                    if advance is not None:
+                        advance(len(batch))
+        return [answer.generation() for answer in answers]
 
-        def ended(ids: list[int]) -> bool:
-            return ids[-1] in stops or self._stopped(ids, stop_strings)
-
-        with self._running(adapter):
-            for batch in batches(prompts, max_new_tokens, 0 if not self._caches() else self.runner.rope_switch):
-                new = self._decode([list(prompts[i]) for i in batch], max_new_tokens, [partial(pick, i) for i in batch], ended)
-                for i, ids in zip(batch, new, strict=True):
-                    results[i] = self._generation(ids, stops, stop_strings)
-                if advance is not None:
-                    advance(len(batch))
-        return [results[i] for i in range(len(prompts))]
-
-    def _decode(
-        self, prompts: list[list[int]], max_new_tokens: int, picks: list[Callable[[Tensor], int]], ended: Callable[[list[int]], bool]
-    ) -> list[list[int]]:
-        switch, longest = self.runner.rope_switch, max(map(len, prompts))
-        crosses = switch is not None and longest <= switch < longest + max_new_tokens  # the cache would be of other frequencies
+    def _decode(self, prompts: list[list[int]], answers: list[Answer]) -> None:
+        switch, longest, most = self.runner.rope_switch, max(map(len, prompts)), answers[0].sampling.max_new_tokens
+        crosses = switch is not None and longest <= switch < longest + most  # the cache would be of other frequencies
         if self._caches() and not crosses:
-            return decode(self.runner, prompts, max_new_tokens, lambda row, logits: picks[row](logits), ended)
-        return [decode_again(self.runner, p, max_new_tokens, pick, ended) for p, pick in zip(prompts, picks, strict=True)]
+            decode(self.runner, prompts, answers)
+        else:
+            for prompt, answer in zip(prompts, answers, strict=True):
+                decode_again(self.runner, prompt, answer)
 
     def _caches(self) -> bool:
         """Whether the network decodes with a cache; tried once, and said where it does not."""
@@ -179,25 +185,15 @@ class Engine:
             self._cached = fault is None
         return self._cached
 
-    def _stopped(self, ids: list[int], stop_strings: Sequence[str]) -> bool:
-        if not stop_strings:
-            return False
-        tail = self.tokenizer.decode(ids[-max(map(len, stop_strings)) - 4 :], skip_special_tokens=True)
-        return any(s in tail for s in stop_strings)
-
-    def _generation(self, ids: list[int], stops: set[int], stop_strings: Sequence[str]) -> Generation:
-        stopped = ids[-1] in stops
-        ids = ids[:-1] if stopped else ids
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        ends = [at for s in stop_strings if (at := text.find(s)) >= 0]
-        return Generation(ids, text[: min(ends)] if ends else text, "stop" if stopped or ends else "length")
-
     def submit(self, ids: Sequence[int], sampling: Sampling | None = None, adapter: str | None = None) -> Stream:
         """Begin to answer a prompt while others are answered; from any thread. The answer comes through the stream.
 
         Errors at once: an unknown adapter, a schema that cannot be followed, a prompt that leaves no room for max_new_tokens.
         """
-        return self._submit(ids, sampling or Sampling(), adapter, threaded=True).stream
+        sampling = sampling or Sampling()
+        matcher = None if sampling.schema is None else self._grammars.matcher(sampling.schema)
+        answer = Answer(ids, sampling, self.stop_ids, self.tokenizer, matcher=matcher)
+        return self._enqueue(ids, answer, adapter, threaded=True).stream
 
     def add_adapter(self, name: str, folder: str | Path) -> None:
         """Load another adapter, between two steps of what is under way."""
@@ -226,29 +222,31 @@ class Engine:
                 with self._running(None):
                     fault = chunking_fault(self.runner) if caches else None
                 runner = TransformersRunner(self.runner, self.adapters, self.cache_tokens, caches=caches, chunks=fault is None)
-                self._made = Loop(runner, partial(self._running, None), self.stop_ids)
+                self._made = Loop(runner, partial(self._running, None))
             return self._made
 
-    def _submit(self, ids: Sequence[int], sampling: Sampling, adapter: str | None, *, threaded: bool, copy: int = 0) -> Queued:
-        prompt, loop = [int(i) for i in ids], self._loop
+    def _enqueue(self, prompt: Sequence[int], answer: Answer, adapter: str | None, *, threaded: bool) -> Queued:
+        loop, most = self._loop, answer.sampling.max_new_tokens
         if not prompt:
             raise FourscoreError("an empty prompt", where="the prompt", todo="begin it with the model's first token")
-        self._fits(len(prompt) + sampling.max_new_tokens, "the prompt", "shorten it or lower max_new_tokens")
-        if len(prompt) + sampling.max_new_tokens + loop.runner.page > loop.runner.limit:
+        self._fits(len(prompt) + most, "the prompt", "shorten it or lower max_new_tokens")
+        if len(prompt) + most + loop.runner.page > loop.runner.limit:
             raise FourscoreError(
-                f"{len(prompt)} tokens and {sampling.max_new_tokens} new ones, and the cache takes {loop.runner.limit}",
+                f"{len(prompt)} tokens and {most} new ones, and the cache takes {loop.runner.limit}",
                 where="the prompt",
                 todo="shorten it, lower max_new_tokens, or make the engine with more cache_tokens",
             )
         self.adapters.check(adapter)
-        matcher = None if sampling.schema is None else self._grammars.matcher(sampling.schema)
-        sampler, text = Sampler(sampling, prompt, copy, matcher), Text.of(self.tokenizer, sampling.stop)
-        return loop.submit(lambda number: Queued(number, prompt, sampling, adapter, sampler, text), threaded=threaded)
+        return loop.submit(lambda number: Queued(number, prompt, answer, adapter), threaded=threaded)
 
     def prefill(self, prompt: Sequence[int], adapter: str | None = None) -> DecodeState:
         """Compute a prompt and choose the first token (`state.next_id`, the likeliest): what a reader waits for at first."""
         self._fits(len(prompt) + 1, "the prompt", "shorten it")
-        state = DecodeState(list(prompt), -1, adapter, self.runner.new_cache() if self._caches() else None)
+        self.adapters.check(adapter)
+        with self._loop.work:
+            cache = self._loop.runner.new()
+        state = DecodeState(list(prompt), -1, adapter, cache)
+        weakref.finalize(state, self._loop.release, cache)
         return self._advance(state, list(prompt))
 
     def step(self, state: DecodeState) -> int:
@@ -258,16 +256,7 @@ class Engine:
         return self._advance(state, [state.next_id]).next_id
 
     def _advance(self, state: DecodeState, ids: list[int]) -> DecodeState:
-        with self._running(state.adapter):
-            if state.cache is not None and len(state.ids) - 1 == self.runner.rope_switch:
-                state.cache, ids = self.runner.new_cache(), state.ids  # from here on rotary frequencies are others
-            if state.cache is None:
-                logits = self.runner.plain(state.ids, 1)[0].float()
-            else:
-                tokens = torch.tensor([ids], device=self.runner.device)
-                mask = torch.ones(1, len(state.ids), dtype=torch.long, device=self.runner.device)
-                logits = self.runner.extend(tokens, mask, state.cache)[0]
-            state.next_id = int(logits.argmax())
+        state.next_id = int(self._loop.alone(Rows(state.cache, ids, 1, state.adapter))[-1].argmax())
         return state
 
     def _sequence(self, number: int, context: Sequence[int], continuation: Sequence[int]) -> list[int]:

@@ -6,7 +6,7 @@ Two locks. `work` is held through a step: runner and scheduler. `_news` is held 
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -39,14 +39,15 @@ class Stats:
 
 
 class Loop:
-    """Runs sequences to their ends. context: entered around computing. stops: tokens that end every answer."""
+    """Runs sequences to their ends. context: entered around computing."""
 
-    def __init__(self, runner: StepRunner, context: Callable[[], AbstractContextManager[None]], stops: set[int]) -> None:
+    def __init__(self, runner: StepRunner, context: Callable[[], AbstractContextManager[None]]) -> None:
         self.runner, self.scheduler = runner, Scheduler(runner)
         self.work = threading.RLock()
-        self._context, self._stops = context, stops
+        self.context = context
         self._news = threading.Condition()
         self._arrived: list[Sequence] = []
+        self._released: deque[int] = deque()
         self._active: set[Sequence] = set()
         self._refused: set[str | None] = set()
         self._closed = False
@@ -74,22 +75,45 @@ class Loop:
             self._news.notify_all()
         return sequence
 
-    def finish(self, sequences: Iterable[Sequence]) -> None:
-        """Work in the calling thread until these have ended. An interrupted call leaves none of them behind."""
+    def finish(self, sequences: Iterable[Sequence], advance: Callable[[int], object] | None = None) -> None:
+        """Work in the calling thread until these have ended; `advance` hears how many just did. The first error is raised.
+
+        An interrupted call leaves none of them behind.
+        """
         mine = list(sequences)
         try:
-            while not all(s.stream.ended for s in mine):
+            while mine:
                 self.step()
+                ended = [s for s in mine if s.stream.ended]
+                for sequence in ended:
+                    sequence.stream.text()  # raises what ended it
+                mine = [s for s in mine if not s.stream.ended]
+                if advance is not None and ended:
+                    advance(len(ended))
         finally:
-            if not all(s.stream.ended for s in mine):
-                for sequence in mine:
-                    sequence.stream.cancel()
+            for sequence in mine:
+                sequence.stream.cancel()
+            if mine:
                 with self.work:
                     self._collect()
 
+    def alone(self, row: Rows) -> Tensor:
+        """Compute tokens outside of the plan, after a cache that the caller holds."""
+        with self.work, self.context():
+            self._collect()
+            if not self.scheduler.make_room(len(row.ids)):
+                raise FourscoreError(
+                    f"{len(row.ids)} tokens, and the cache takes {self.runner.limit}", todo="give the engine more cache_tokens"
+                )
+            return self.runner.extend([row])[0]
+
+    def release(self, cache: int) -> None:
+        """Free a cache before the next step; from any thread, and from where nothing may wait (a finaliser)."""
+        self._released.append(cache)
+
     def step(self) -> None:
         """One forward pass for everybody who is due."""
-        with self.work, self._context():
+        with self.work, self.context():
             self._collect()
             turn = self.scheduler.plan()
             if not turn:
@@ -142,6 +166,7 @@ class Loop:
         if thread is not None and thread is not threading.current_thread():
             thread.join()
         with self.work:
+            self._collect()
             self.scheduler.prefixes.clear()
 
     def _wait(self, concerned: Callable[[Sequence], bool]) -> None:
@@ -161,7 +186,9 @@ class Loop:
             self.step()
 
     def _collect(self) -> None:
-        """Let in what arrived, and out what was cancelled."""
+        """Let in what arrived, and out what was cancelled or released."""
+        while self._released:
+            self.runner.free(self._released.popleft())
         with self._news:
             arrived, self._arrived = self._arrived, []
             cancelled = [s for s in self._active if s.stream.cancelled]
@@ -174,7 +201,7 @@ class Loop:
     def _choose(self, sequence: Sequence, logits: Tensor) -> None:
         self._out[sequence.adapter] += 1
         try:
-            sequence.choose(logits, self._stops)
+            sequence.choose(logits)
         except Exception as error:  # of one request, its grammar say: the others go on
             self._end(sequence, error)
         else:

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from fourscore.engine.interface import StepRunner
+from fourscore.engine.packing import shared_beginning
 
 KEPT = 32  # caches; each is compared with every new prompt (microseconds)
+KEPT_TOKENS = 8192  # in all of them, counting what they share as often as it is shared
 
 
 class Prefixes:
@@ -28,7 +30,7 @@ class Prefixes:
         best: int | None = None
         kept = ((cache, held) for cache, (held, of) in self._kept.items() if of == adapter)
         for cache, held in (*kept, *((cache, np.asarray(held)) for cache, held in running)):
-            shared = common(wanted, held)
+            shared = shared_beginning(wanted, held)
             if shared > length:
                 best, length = cache, shared
         if best is None or length < 1:
@@ -40,7 +42,7 @@ class Prefixes:
     def keep(self, cache: int, ids: Sequence[int], adapter: str | None) -> None:
         """Take over a cache that holds these tokens. Others that it begins with are freed."""
         held = np.asarray(ids)
-        inside = [c for c, (h, of) in self._kept.items() if of == adapter and common(h, held) in (len(h), len(held))]
+        inside = [c for c, (h, of) in self._kept.items() if of == adapter and shared_beginning(h, held) in (len(h), len(held))]
         for other in inside:
             if len(self._kept[other][0]) > len(held):  # it stands there already
                 self._runner.free(cache)
@@ -48,7 +50,7 @@ class Prefixes:
                 return
             self._drop(other)
         self._kept[cache] = (held, adapter)
-        while len(self._kept) > KEPT:
+        while len(self._kept) > KEPT or (len(self._kept) > 1 and sum(len(h) for h, _ in self._kept.values()) > KEPT_TOKENS):
             self.drop_oldest()
 
     def drop_oldest(self) -> bool:
@@ -71,10 +73,3 @@ class Prefixes:
     def _drop(self, cache: int) -> None:
         del self._kept[cache]
         self._runner.free(cache)
-
-
-def common(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two sequences have in common at their beginning."""
-    n = min(len(a), len(b))
-    different = np.flatnonzero(a[:n] != b[:n])
-    return int(different[0]) if len(different) else n

@@ -12,7 +12,8 @@ import bisect
 import numpy as np
 
 from fourscore.engine.interface import StepRunner
-from fourscore.engine.prefixes import Prefixes, common
+from fourscore.engine.packing import shared_beginning
+from fourscore.engine.prefixes import Prefixes
 from fourscore.engine.sequence import Sequence
 
 STEP_TOKENS = 256  # of a step: more makes prompts little faster, and the streams that decode beside them wait longer
@@ -98,7 +99,7 @@ class Scheduler:
         wanted = sequence.ids[:-1]  # the last one is computed in any case, for its logits
         running = [(s.cache, s.ids[: s.computed]) for s in beside if s.cache is not None]
         best = self.prefixes.longest(wanted, sequence.adapter, running)
-        coming = max((common(np.asarray(wanted), np.asarray(s.ids)) for s in beside if s.left > 1), default=0)
+        coming = max((shared_beginning(np.asarray(wanted), np.asarray(s.ids)) for s in beside if s.left > 1), default=0)
         if coming - (best[1] if best else 0) >= WORTH_WAITING:
             return None
         return (self.runner.fork(*best), best[1]) if best else (self.runner.new(), 0)
