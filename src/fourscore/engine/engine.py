@@ -70,7 +70,7 @@ class Engine:
         self.fast = False
         self._cached: bool | None = None
         self._grammars = Grammars(self.tokenizer, self.stop_ids, self.runner.vocabulary)
-        self._making = threading.Lock()
+        self._work, self._making = threading.RLock(), threading.Lock()
         self._made: Loop | None = None
         if path == "packed":
             with self._running(None):
@@ -159,11 +159,11 @@ class Engine:
         if self.fast:
             self._loop.finish([self._enqueue(p, a, adapter, threaded=False) for p, a in zip(prompts, answers, strict=True)], advance)
         else:
-            with self._running(adapter):
-                for batch in batches(prompts, max_new_tokens, 0 if not self._caches() else self.runner.rope_switch):
+            for batch in batches(prompts, max_new_tokens, 0 if not self._caches() else self.runner.rope_switch):
+                with self._running(adapter):
                     self._decode([list(prompts[i]) for i in batch], [answers[i] for i in batch])
-                    if advance is not None:
-                        advance(len(batch))
+                if advance is not None:
+                    advance(len(batch))
         return [answer.generation() for answer in answers]
 
     def _decode(self, prompts: list[list[int]], answers: list[Answer]) -> None:
@@ -222,7 +222,7 @@ class Engine:
                 with self._running(None):
                     fault = chunking_fault(self.runner) if caches else None
                 runner = TransformersRunner(self.runner, self.adapters, self.cache_tokens, caches=caches, chunks=fault is None)
-                self._made = Loop(runner, partial(self._running, None))
+                self._made = Loop(runner, self._work, partial(self._running, None))
             return self._made
 
     def _enqueue(self, prompt: Sequence[int], answer: Answer, adapter: str | None, *, threaded: bool) -> Queued:
@@ -295,16 +295,17 @@ class Engine:
 
     @contextmanager
     def _running(self, adapter: str | None) -> Iterator[None]:
-        """Evaluation mode, no gradients, this adapter; as it was afterwards."""
-        training = self.runner.network.training
-        if training:  # walks through every module: not for each token of a model that is in evaluation mode anyway
-            self.runner.network.eval()
-        try:
-            with self.adapters.selected(adapter), torch.inference_mode():
-                yield
-        finally:
-            if training:
-                self.runner.network.train()
+        """Nobody else, evaluation mode, no gradients, this adapter; as it was afterwards."""
+        with self._work:
+            training = self.runner.network.training
+            if training:  # walks through every module: not for each token of a model that is in evaluation mode anyway
+                self.runner.network.eval()
+            try:
+                with self.adapters.selected(adapter), torch.inference_mode():
+                    yield
+            finally:
+                if training:
+                    self.runner.network.train()
 
 
 def _pick_out(logits: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

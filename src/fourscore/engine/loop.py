@@ -39,11 +39,11 @@ class Stats:
 
 
 class Loop:
-    """Runs sequences to their ends. context: entered around computing."""
+    """Runs sequences to their ends. context: entered around computing; work: held by whoever computes, here or elsewhere."""
 
-    def __init__(self, runner: StepRunner, context: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(self, runner: StepRunner, work: threading.RLock, context: Callable[[], AbstractContextManager[None]]) -> None:
         self.runner, self.scheduler = runner, Scheduler(runner)
-        self.work = threading.RLock()
+        self.work = work
         self.context = context
         self._news = threading.Condition()
         self._arrived: list[Sequence] = []

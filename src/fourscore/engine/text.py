@@ -20,7 +20,8 @@ class Text:
         self.stopped = False
         self._fixed, self._from = "", 0  # text of ids[: self._from]
         self._text = ""
-        self._ends: list[int] = []  # after each token: how many characters were whole
+        self._ends: list[int] = []  # after each token: how many characters were whole,
+        self._broken: list[bool] = []  # and whether a part of one followed
         self._released = 0
 
     @classmethod
@@ -43,6 +44,7 @@ class Text:
         if met:
             self.stopped, self._text = True, self._text[: min(met)]
         self._ends.append(len(self._text.rstrip(PENDING)))
+        self._broken.append(self._text.endswith(PENDING))
         if not self.stopped and len(self.ids) - self._from >= 2 * WINDOW:
             self._move(tail)
         return self.stopped
@@ -51,7 +53,7 @@ class Text:
         """The text that has become certain since the last call, and the numbers of the tokens that it completes."""
         whole = self._text.rstrip(PENDING)
         end = len(whole) - max(self._hold, _begun(whole, self._stop))
-        return self._give(self._text[self.given : end])
+        return self._give(self._text[self.given : max(end, self.given)])
 
     def rest(self) -> tuple[str, list[int]]:
         """All text that is left, once no token follows. Tokens that lie wholly behind a stop string are left out for good."""
@@ -71,7 +73,7 @@ class Text:
     def _give(self, text: str) -> tuple[str, list[int]]:
         self.given += len(text)
         numbers = []
-        while self._released < len(self._ends) and self._ends[self._released] <= self.given:
+        while self._released < len(self._ends) and self._ends[self._released] + self._broken[self._released] <= self.given:
             numbers.append(self._released)
             self._released += 1
         return text, numbers
