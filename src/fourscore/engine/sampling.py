@@ -20,6 +20,8 @@ from fourscore.files import FourscoreError
 if TYPE_CHECKING:
     from fourscore.engine.grammar import Matcher
 
+NUCLEUS = 128  # words looked at first for top-p
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -99,9 +101,11 @@ class Sampler:
         return token
 
     def _draw(self, logits: Tensor) -> int:
-        shares = torch.softmax(cut(logits.double().cpu(), self.sampling), -1).cumsum(-1)
+        words, left = cut(logits.double().cpu(), self.sampling)
+        shares = torch.softmax(left, -1).cumsum(-1)
         point = torch.rand((), dtype=torch.float64, generator=self._stream) * shares[-1]
-        return min(int(torch.searchsorted(shares, point, right=True)), len(shares) - 1)
+        at = min(int(torch.searchsorted(shares, point, right=True)), len(shares) - 1)
+        return at if words is None else int(words[at])
 
 
 def penalised(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
@@ -111,21 +115,39 @@ def penalised(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
     return logits.index_copy(0, index, torch.where(chosen < 0, chosen * penalty, chosen / penalty))
 
 
-def cut(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The logits [vocabulary] over the temperature, minus infinity outside top-k, then top-p, then min-p; the likeliest stays."""
-    logits = logits / sampling.temperature
+def cut(logits: Tensor, sampling: Sampling) -> tuple[Tensor | None, Tensor]:
+    """What top-k, then top-p, then min-p leave of the logits [vocabulary] over the temperature: (words, ascending, and their logits).
+
+    None for the words: all are left. At least the likeliest is.
+    """
+    words, logits = None, logits / sampling.temperature
+
+    def keep(inside: Tensor) -> None:
+        nonlocal words, logits
+        words, logits = inside if words is None else words[inside], logits[inside]
+
     if sampling.top_k is not None and sampling.top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], -math.inf)
+        keep((logits >= logits.topk(sampling.top_k).values[-1]).nonzero().flatten())
     if sampling.top_p < 1:
-        order = logits.sort(descending=True, stable=True)
-        shares = torch.softmax(order.values, -1)
-        beyond = shares.cumsum(-1) - shares >= sampling.top_p  # the likelier ones have reached the share already
-        beyond[0] = False
-        logits = logits.index_fill(0, order.indices[beyond], -math.inf)
+        keep(_nucleus(torch.softmax(logits, -1), sampling.top_p).sort().values)
     if sampling.min_p > 0:
         shares = torch.softmax(logits, -1)
-        logits = logits.masked_fill(shares < sampling.min_p * shares.max(), -math.inf)
-    return logits
+        keep((shares >= sampling.min_p * shares.max()).nonzero().flatten())
+    return words, logits
+
+
+def _nucleus(shares: Tensor, top_p: float) -> Tensor:
+    """The likeliest words until they reach the share top_p, at least one. Few do mostly: sorting all costs ten times as much."""
+    count = NUCLEUS
+    while True:
+        best = shares.topk(min(count, len(shares)))
+        reached = best.values.cumsum(-1)
+        if reached[-1] >= top_p or count >= len(shares):
+            break
+        count *= 8
+    inside = reached - best.values < top_p
+    inside[0] = True
+    return best.indices[inside]
 
 
 def logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:
