@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -19,12 +20,12 @@ BATCH_ROWS, BATCH_TOKENS = 32, 8192  # most rows in a batch, and most tokens its
 
 @dataclass
 class DecodeState:
-    """One sequence under way: its tokens so far, the token that comes next, and the number of its cache, freed with the state."""
+    """One sequence under way: its tokens so far, the token that comes next, and its cache, freed with the state."""
 
     ids: list[int]
     next_id: int
     adapter: str | None
-    cache: int = field(repr=False)
+    cache: Any = field(repr=False)
 
 
 def batches(prompts: Sequence[Sequence[int]], max_new_tokens: int, alone_above: int | None = None) -> Iterator[list[int]]:

@@ -21,11 +21,12 @@ from fourscore.engine.adapters import Adapters
 from fourscore.engine.answer import Answer, Generation
 from fourscore.engine.decode import DecodeState, batches, decode, decode_again
 from fourscore.engine.grammar import Grammars
-from fourscore.engine.interface import Rows
+from fourscore.engine.interface import Rows, StepRunner
 from fourscore.engine.loop import Loop, Stats
 from fourscore.engine.packing import packs
 from fourscore.engine.runner import Runner
 from fourscore.engine.sampling import Sampling
+from fourscore.engine.scoring import cached_logits
 from fourscore.engine.sequence import Sequence as Queued
 from fourscore.engine.stream import Stream
 from fourscore.engine.transformers_runner import TransformersRunner
@@ -47,7 +48,9 @@ class Engine:
     """Runs a model. `model` needs `network` and `tokenizer`; `adapters` are PEFT folders by name.
 
     path: "packed" computes what requests share once and pads nothing; "plain" runs one sequence a forward pass, the other
-    path of the A/A floor. Networks that cannot be packed (found by a trial on construction) run plain, and it is said.
+    path of the A/A floor. Packed, the networks that the native runner knows run there (`fast`; `native=False` forbids it, and
+    `slow_because` says why another one does not); the others run in transformers' code, and those that cannot be packed there
+    (found by a trial on construction) run plain, and it is said. cache_tokens: of all sequences under way and kept together.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Engine:
         *,
         pack_tokens: int = PACK_TOKENS,
         cache_tokens: int = CACHE_TOKENS,
+        native: bool = True,
     ) -> None:
         if path not in ("packed", "plain"):
             raise FourscoreError(f"no engine path `{path}`", todo="use `packed` or `plain`")
@@ -67,17 +71,22 @@ class Engine:
         self.pack_tokens, self.cache_tokens = pack_tokens, cache_tokens
         self.stop_ids = _stop_ids(model)
         self.path: Literal["packed", "plain"] = path
-        self.fast = False
+        self.slow_because = self._no_native(native, path)
         self._cached: bool | None = None
         self._grammars = Grammars(self.tokenizer, self.stop_ids, self.runner.vocabulary)
         self._work, self._making = threading.RLock(), threading.Lock()
         self._made: Loop | None = None
-        if path == "packed":
+        if path == "packed" and not self.fast:
             with self._running(None):
                 fault = packing_fault(self.runner)
             if fault:
                 say(f"{type(self.runner.network).__name__}: {fault}; every sequence is computed by itself")
                 self.path = "plain"
+
+    @property
+    def fast(self) -> bool:
+        """Whether the native runner computes."""
+        return self.slow_because is None
 
     @property
     def max_length(self) -> int | None:
@@ -213,15 +222,33 @@ class Engine:
         """Refuse new streams, finish those under way (or cancel them: drain=False), and give their memory back."""
         self._loop.close(drain=drain)
 
+    def _no_native(self, native: bool, path: str) -> str | None:
+        if not native or path == "plain":
+            return "it was not asked for"
+        if self.adapters.names:
+            return "it has adapters"
+        try:
+            from fourscore.engine.fast import supported
+        except ImportError:
+            return "this build has no native runner"
+        return supported(self.model)
+
     @property
     def _loop(self) -> Loop:
         """Made at the first use: what the network can do is tried then."""
         with self._making:
             if self._made is None:
-                caches = self._caches()
-                with self._running(None):
-                    fault = chunking_fault(self.runner) if caches else None
-                runner = TransformersRunner(self.runner, self.adapters, self.cache_tokens, caches=caches, chunks=fault is None)
+                runner: StepRunner
+                if self.fast:
+                    from fourscore.engine.fast import FastRunner
+                    from fourscore.engine.paged_runner import PagedRunner
+
+                    runner = PagedRunner(FastRunner(self.model), self.cache_tokens)
+                else:
+                    caches = self._caches()
+                    with self._running(None):
+                        fault = chunking_fault(self.runner) if caches else None
+                    runner = TransformersRunner(self.runner, self.adapters, self.cache_tokens, caches=caches, chunks=fault is None)
                 self._made = Loop(runner, self._work, partial(self._running, None))
             return self._made
 
@@ -276,6 +303,9 @@ class Engine:
         self, sequences: list[list[int]], tails: list[int], adapter: str | None
     ) -> Iterator[tuple[list[int], Tensor, list[list[int]]]]:
         """Logits of the last `tails[i]` places of each sequence: (numbers of the sequences, logits, each one's rows in them)."""
+        if self.fast:
+            yield from cached_logits(self._loop, sequences, tails, adapter, self.pack_tokens)
+            return
         alone = [self.path == "plain" or (self.runner.reach is not None and len(s) > self.runner.reach) for s in sequences]
         together = [i for i, lonely in enumerate(alone) if not lonely]
         most = min((n for n in (self.runner.reach, self.runner.limit) if n is not None), default=None)

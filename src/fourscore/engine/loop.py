@@ -5,7 +5,9 @@ Two locks. `work` is held through a step: runner and scheduler. `_news` is held 
 
 from __future__ import annotations
 
+import atexit
 import threading
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fourscore.engine.interface import Rows, StepRunner
+from fourscore.engine.interface import Cache, Rows, StepRunner
 from fourscore.engine.scheduler import Scheduler
 from fourscore.engine.sequence import Sequence
 from fourscore.files import FourscoreError
@@ -44,10 +46,11 @@ class Loop:
     def __init__(self, runner: StepRunner, work: threading.RLock, context: Callable[[], AbstractContextManager[None]]) -> None:
         self.runner, self.scheduler = runner, Scheduler(runner)
         self.work = work
+        atexit.register(_close, weakref.ref(self))
         self.context = context
         self._news = threading.Condition()
         self._arrived: list[Sequence] = []
-        self._released: deque[int] = deque()
+        self._released: deque[Cache] = deque()
         self._active: set[Sequence] = set()
         self._refused: set[str | None] = set()
         self._closed = False
@@ -107,7 +110,7 @@ class Loop:
                 )
             return self.runner.extend([row])[0]
 
-    def release(self, cache: int) -> None:
+    def release(self, cache: Cache) -> None:
         """Free a cache before the next step; from any thread, and from where nothing may wait (a finaliser)."""
         self._released.append(cache)
 
@@ -118,7 +121,7 @@ class Loop:
             turn = self.scheduler.plan()
             if not turn:
                 return
-            rows = [Rows(s.cache or 0, s.ids[s.computed : s.computed + n], int(n == s.left), s.adapter) for s, n in turn]
+            rows = [Rows(s.cache, s.ids[s.computed : s.computed + n], int(n == s.left), s.adapter) for s, n in turn]
             try:
                 found = self.runner.extend(rows)
             except BaseException as error:
@@ -216,3 +219,10 @@ class Loop:
             self._cached[sequence.adapter] += sequence.stream.usage.cached
             self._news.notify_all()
         sequence.end(error)
+
+
+def _close(loop: weakref.ref[Loop]) -> None:
+    """A thread that still works when Python ends would keep the model from being taken down in order."""
+    found = loop()
+    if found is not None:
+        found.close(drain=False)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from fourscore.engine.interface import StepRunner
+from fourscore.engine.interface import Cache, StepRunner
 from fourscore.engine.packing import shared_beginning
 
 KEPT = 32  # caches; each is compared with every new prompt (microseconds)
@@ -19,15 +19,15 @@ class Prefixes:
 
     def __init__(self, runner: StepRunner) -> None:
         self._runner = runner
-        self._kept: OrderedDict[int, tuple[np.ndarray, str | None]] = OrderedDict()
+        self._kept: OrderedDict[Cache, tuple[np.ndarray, str | None]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def longest(self, ids: Sequence[int], adapter: str | None, running: Iterable[tuple[int, Sequence[int]]]) -> tuple[int, int] | None:
+    def longest(self, ids: Sequence[int], adapter: str | None, running: Iterable[tuple[Cache, Sequence[int]]]) -> tuple[Cache, int] | None:
         """(cache, tokens) of the longest common beginning, at least a page; running: caches in use and the tokens they hold."""
         wanted, length = np.asarray(ids), self._runner.page - 1
-        best: int | None = None
+        best: Cache | None = None
         kept = ((cache, held) for cache, (held, of) in self._kept.items() if of == adapter)
         for cache, held in (*kept, *((cache, np.asarray(held)) for cache, held in running)):
             shared = shared_beginning(wanted, held)
@@ -39,7 +39,7 @@ class Prefixes:
             self._kept.move_to_end(best)
         return best, length
 
-    def keep(self, cache: int, ids: Sequence[int], adapter: str | None) -> None:
+    def keep(self, cache: Cache, ids: Sequence[int], adapter: str | None) -> None:
         """Take over a cache that holds these tokens. Others that it begins with are freed."""
         held = np.asarray(ids)
         inside = [c for c, (h, of) in self._kept.items() if of == adapter and shared_beginning(h, held) in (len(h), len(held))]
@@ -70,6 +70,6 @@ class Prefixes:
         while self.drop_oldest():
             pass
 
-    def _drop(self, cache: int) -> None:
+    def _drop(self, cache: Cache) -> None:
         del self._kept[cache]
         self._runner.free(cache)

@@ -11,7 +11,7 @@ import bisect
 
 import numpy as np
 
-from fourscore.engine.interface import StepRunner
+from fourscore.engine.interface import Cache, StepRunner
 from fourscore.engine.packing import shared_beginning
 from fourscore.engine.prefixes import Prefixes
 from fourscore.engine.sequence import Sequence
@@ -91,18 +91,21 @@ class Scheduler:
             self.running.append(sequence)
             sequence.admitted(cache, shared)
 
-    def _beginning(self, sequence: Sequence) -> tuple[int, int] | None:
+    def _beginning(self, sequence: Sequence) -> tuple[Cache, int] | None:
         """A cache for a new sequence and how many tokens it holds; None: wait for one that computes the same beginning."""
         if not self.runner.shares:
             return self.runner.new(), 0
-        beside = [s for s in self.running if s.adapter == sequence.adapter and s.cache is not None]
+        beside = [s for s in self.running if s.adapter == sequence.adapter]
         wanted = sequence.ids[:-1]  # the last one is computed in any case, for its logits
-        running = [(s.cache, s.ids[: s.computed]) for s in beside if s.cache is not None]
+        running = [(s.cache, s.ids[: s.computed]) for s in beside]
         best = self.prefixes.longest(wanted, sequence.adapter, running)
         coming = max((shared_beginning(np.asarray(wanted), np.asarray(s.ids)) for s in beside if s.left > 1), default=0)
         if coming - (best[1] if best else 0) >= WORTH_WAITING:
             return None
-        return (self.runner.fork(*best), best[1]) if best else (self.runner.new(), 0)
+        cache, shared = best or (None, 0)
+        if self._free() < 1:
+            shared -= shared % self.runner.page  # a fork inside of a page takes one
+        return (self.runner.fork(cache, shared), shared) if shared > 0 else (self.runner.new(), 0)
 
     def _divide(self) -> Turn:
         turn = [(s, 1) for s in self.running if s.left == 1]
@@ -120,7 +123,6 @@ class Scheduler:
         """Take the cache of the sequence that came last."""
         sequence = max(self.running, key=lambda s: s.number)
         self.running.remove(sequence)
-        assert sequence.cache is not None  # what runs has one
         self.runner.free(sequence.cache)
         sequence.cache, sequence.computed = None, 0
         self.preempted += 1
@@ -128,9 +130,8 @@ class Scheduler:
         return sequence
 
     def _need(self, turn: Turn) -> int:
-        """Pages that this step takes at most: one more where a half-filled page may be shared and is copied."""
-        page = self.runner.page
-        return sum(self._pages(s.computed + n) - self._pages(s.computed) + (page > 1 and s.computed % page > 0) for s, n in turn)
+        """Pages that this step takes."""
+        return sum(self._pages(s.computed + n) - self._pages(s.computed) for s, n in turn)
 
     def _free(self) -> int:
         return self.runner.limit // self.runner.page - self._pages(self.runner.used)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fourscore.engine.interface import Rows
+from fourscore.engine.interface import Cache, Rows
 from fourscore.engine.loop import Loop
 from fourscore.engine.packing import packs, shared_beginning
 from fourscore.files import FourscoreError
@@ -27,8 +27,7 @@ class Branch:
     end: int
     keep: int
     children: list[Branch] = field(default_factory=list)
-    cache: int = -1
-    first_row: int = 0
+    cache: Cache = None
 
 
 def cached_logits(
@@ -71,7 +70,7 @@ def _compute(
             f"a sequence of {max(b.end for b in every)} tokens, and the cache takes {runner.limit}",
             todo="shorten it, or make the engine with more cache_tokens",
         )
-    held: set[int] = set()
+    held: set[Cache] = set()
     parts: list[Tensor] = []
     rows: dict[int, list[int]] = {m: [] for b in every for m in b.members}
     try:
@@ -103,7 +102,7 @@ def _compute(
     return torch.cat(parts), rows
 
 
-def _keep_one(loop: Loop, sequences: Sequence[list[int]], root: Branch, adapter: str | None, held: set[int]) -> None:
+def _keep_one(loop: Loop, sequences: Sequence[list[int]], root: Branch, adapter: str | None, held: set[Cache]) -> None:
     """Leave the last of the pack to the next one: sequences are sorted, so that is whom it shares most with."""
     if loop.runner.shares:
         last = root

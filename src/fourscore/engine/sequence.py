@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from fourscore.engine.answer import Answer
+from fourscore.engine.interface import Cache
 from fourscore.engine.stream import FinishReason, Piece, Stream, Usage
 
 
@@ -18,7 +19,7 @@ class Sequence:
     def __init__(self, number: int, prompt: Ids[int], answer: Answer, adapter: str | None) -> None:
         self.number, self.ids, self.answer, self.adapter = number, list(prompt), answer, adapter
         self.prompt_tokens = len(prompt)
-        self.cache: int | None = None
+        self.cache: Cache | None = None
         self.computed = 0
         self.stream = Stream(len(prompt), adapter)
         self.finished: FinishReason | None = None
@@ -29,7 +30,7 @@ class Sequence:
         """Tokens that are still to be computed before the next one can be chosen."""
         return len(self.ids) - self.computed
 
-    def admitted(self, cache: int, shared: int) -> None:
+    def admitted(self, cache: Cache, shared: int) -> None:
         """It has a cache, which holds the first `shared` tokens already."""
         self.cache, self.computed = cache, shared
         if self.stream.timing.queued is None:
