@@ -195,7 +195,7 @@ def products(config: Any, case: Case) -> Counter[tuple[int, int, int]]:
 
 
 def limit_seconds(folder: str, case: Case) -> float:
-    """Seconds that torch's dense bf16 needs for the products of one step, each shape the median of five, the right side laid out as [n, k]."""
+    """Seconds that torch's dense bf16 needs for the products of one step, each shape the median of five, the right side laid out [n, k]."""
     import torch
     from transformers import AutoConfig
 
