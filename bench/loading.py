@@ -2,7 +2,7 @@
 
     python bench/loading.py [--threads N] [--rounds 3] [--quick] [--out bench/results/loading.json]
 
-The 1B shape (random bf16 weights, written into a temporary folder: 2.1 GB) and SmolLM2-135M. Each side runs in processes of
+The 1B shape (random bf16 weights, kept in build/bench/models: 2.1 GB) and SmolLM2-135M. Each side runs in processes of
 its own. A process first loads a tiny model of the same family, so that imports are done; then it is timed from the call to
 the network and its tokenizer. The weights lie in the page cache on both sides (the file is read once before each process): disks are
 not measured. Memory above the process is RssAnon, sampled every half millisecond, less what it was before the call.
@@ -25,38 +25,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from shapes import TOKENIZER, folder_of, make
+
 GOALS = {"1b": {"speed_ratio": 7.0}}
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 def kilobytes(field: str) -> int:
     """A line of /proc/self/status."""
     found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     return int(found[1]) if found else 0
-
-
-def make(folder: Path, tokenizer: Path, **shape: int) -> Path:
-    """A random Llama in bf16, a tensor at a time."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(vocab_size=49152, tie_word_embeddings=True, dtype="bfloat16", pad_token_id=2, **shape)
-    with torch.device("meta"):
-        network = LlamaForCausalLM(config)
-    generator = torch.Generator().manual_seed(0)
-    weights = {
-        name: torch.ones(p.shape, dtype=torch.bfloat16)
-        if p.dim() == 1
-        else torch.empty(p.shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-        for name, p in network.named_parameters()
-    }
-    folder.mkdir()
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(folder)
-    for name in TOKENIZER:
-        shutil.copy(tokenizer / name, folder)
-    return folder
 
 
 def peer(folder: str) -> Any:
@@ -175,12 +152,12 @@ def main() -> None:
     record["models"] = {}
     with tempfile.TemporaryDirectory() as made:
         few = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
-        warm_up = make(Path(made) / "tiny", smol, hidden_size=64, intermediate_size=128, **few)
+        (tiny := Path(made) / "tiny").mkdir()
+        warm_up = make(tiny, smol, hidden_size=64, intermediate_size=128, **few)
         models = {"135m": smol}
         if not options.quick:
-            say("writing the 1B shape (2.1 GB)")
-            heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
-            models["1b"] = make(Path(made) / "1b", smol, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, **heads)
+            say("the 1B shape (2.1 GB)")
+            models["1b"] = folder_of("1b")
         for name, folder in models.items():
             quantised = Path(made) / f"{name}-nf4"
             command = [sys.executable, __file__, "--side", "save", "--folder", str(folder), "--warm-up", str(quantised)]

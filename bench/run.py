@@ -1,8 +1,9 @@
 """All benches one after another on a quiet machine, and the goals beside what was measured.
 
-    python bench/run.py                     # about 20 minutes on two cores; writes bench/results/<bench>.json
+    python bench/run.py                     # about 25 minutes on two cores; writes bench/results/<bench>.json
     python bench/run.py --quick             # about 4 minutes, fewer turns; writes build/bench/<bench>.json
-    python bench/run.py --only nf4_kernels      # one of them (can be given more than once)
+    python bench/run.py --only nf4_kernels  # one of them (can be given more than once)
+    python bench/run.py --only train_loss   # runs on request only: 25 minutes; the table shows the kept result otherwise
 
 `make bench` runs it in an environment of its own, in which the peers are pinned. Before, between and after the benches it
 takes the machine's load, which every result carries; where another program keeps a core busy it refuses (`--force` goes on).
@@ -40,13 +41,14 @@ PATIENCE = 3.0  # a bench that takes so many times what was expected is stopped
 class Bench:
     """bench/<name>.py: the options of a full and of a quick run, and what each takes in seconds on two cores of a server.
 
-    {model} is the folder of SmolLM2-135M, {threads} the number of threads, {out} the file that the bench writes.
+    {threads} is the number of threads, {out} the file that the bench writes.
     """
 
     name: str
     full: str
     quick: str
     seconds: tuple[float, float]
+    on_request: bool = False  # run only when named: long, and not a timing, so its kept result needs no quiet machine
 
     def expected(self, quick: bool) -> float:
         return self.seconds[quick]
@@ -60,12 +62,13 @@ BENCHES = (
     Bench("nf4_kernels", "--threads {threads} --json {out}", "--quick --threads {threads} --json {out}", (180, 60)),
     Bench(
         "train_step",
-        "{model} --rounds 3 --threads {threads} --out {out}",
-        "{model} --rounds 1 --steps 1 --cases all --threads {threads} --out {out}",
-        (420, 90),
+        "--cases all answer 1b --busy --rounds 3 --threads {threads} --out {out}",
+        "--cases all --busy --rounds 1 --steps 1 --threads {threads} --out {out}",
+        (780, 100),
     ),
     Bench("loading", "--threads {threads} --out {out}", "--quick --threads {threads} --out {out}", (300, 40)),
     Bench("scoring", "--threads {threads} --json {out}", "--quick --threads {threads} --json {out}", (240, 60)),
+    Bench("train_loss", "--threads {threads} --out {out}", "--quick --threads {threads} --out {out}", (1500, 90), on_request=True),
 )
 
 
@@ -83,13 +86,6 @@ def run(bench: Bench, quick: bool, threads: int, log: Path, out: Path) -> Outcom
     words = {"threads": str(threads), "out": str(out)}
     if not (FOLDER / f"{bench.name}.py").exists():
         return Outcome(bench, None, f"bench/{bench.name}.py is not there")
-    try:
-        if "{model}" in bench.full + bench.quick:
-            from fourscore.model import pull
-
-            words["model"] = str(pull("smollm2-135m-instruct"))
-    except FourscoreError as error:
-        return Outcome(bench, None, str(error))
     command, expected = bench.command(quick, **words), bench.expected(quick)
     log.parent.mkdir(parents=True, exist_ok=True)
     out.unlink(missing_ok=True)
@@ -108,7 +104,7 @@ def run(bench: Bench, quick: bool, threads: int, log: Path, out: Path) -> Outcom
         return Outcome(bench, None, f"it ended well and wrote no result; see {log}")
     shown = [os.path.relpath(word, FOLDER.parent) if word.startswith(str(FOLDER)) else word for word in command[1:]]
     record["run"] = {
-        "command": " ".join(word for word in shown if word not in (words["out"], words.get("model"))),
+        "command": " ".join(word for word in shown if word != words["out"]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": describe_machine().to_json(),
         "versions": _versions(),
@@ -169,6 +165,17 @@ def refusal(measured: dict[str, Any]) -> FourscoreError | None:
     )
 
 
+def kept_results(chosen: list[Bench]) -> list[Outcome]:
+    """Benches that run on request and did not now: the result that is kept, or that there is none."""
+    kept = []
+    for bench in (b for b in BENCHES if b.on_request and b not in chosen):
+        try:
+            kept.append(Outcome(bench, read_json(RESULTS / f"{bench.name}.json")))
+        except FourscoreError:
+            kept.append(Outcome(bench, None, f"not run; `bench/run.py --only {bench.name}` takes about {duration(bench.seconds[0])}"))
+    return kept
+
+
 def table(goals: list[Goal], outcomes: list[Outcome]) -> str:
     """What was promised, beside what was measured; benches without a result have a line of their own."""
     lines = [f"{'what':62} {'peer':42} {'goal':>10} {'measured':>12}  met"]
@@ -194,7 +201,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder of the results (default: bench/results, with --quick build/bench)")
     options = parser.parse_args()
     folder = options.out or (SCRATCH if options.quick else RESULTS)
-    chosen = [b for b in BENCHES if not options.only or b.name in options.only]
+    chosen = [b for b in BENCHES if (b.name in options.only if options.only else not b.on_request)]
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # the bench under way ends with this program
 
@@ -222,7 +229,7 @@ def main() -> int:
             write_json(folder / f"{bench.name}.json", outcome.record)
         outcomes.append(outcome)
         before = after
-    print(table(read_goals(), outcomes))
+    print(table(read_goals(), outcomes + kept_results(chosen)))
     note(f"results: {folder}")
     return 0 if all(outcome.record for outcome in outcomes) else 1
 
