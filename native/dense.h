@@ -14,20 +14,41 @@ namespace {
 
 constexpr i64 kDepth = 1024;       // k in a chunk: a panel's part of it stays in L2
 constexpr i64 kFewDepth = 128;     // the same for so few rows that it should stay in L1
-constexpr i64 kFewRows = 16;
+constexpr i64 kFewRows = 8;
 constexpr i64 kAhead = 16;         // rows of b whose bytes are fetched ahead: pieces of a panel's size are too short a stream to be foreseen
 constexpr i64 kProductRows = 512;  // rows of y a task works on at most: its unfinished sums stay in L2
 constexpr i64 kPanel = kTileVectors * kLanes;
 
-// 32-bit words of kLanes rows, kLanes from each: the first of all rows, the second of all, `apart` bytes between.
-static inline void transpose(const char* const* rows, char* out, i64 apart) {
 #if defined(__AVX512F__)
+// Four 32-bit words of 16 rows, row(i) + offset: the first of all rows, the second of all, ...; quarters come by masked loads.
+template <class Row>
+static inline void four_words(const Row& row, i64 offset, __m512i* out) {
+    __m512i z[4];
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+        auto quarter = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row(i) + offset)); };
+        z[c] = _mm512_castsi128_si512(quarter(c));
+        z[c] = _mm512_mask_broadcast_i32x4(z[c], 0x00f0, quarter(4 + c));
+        z[c] = _mm512_mask_broadcast_i32x4(z[c], 0x0f00, quarter(8 + c));
+        z[c] = _mm512_mask_broadcast_i32x4(z[c], 0xf000, quarter(12 + c));
+    }
+    __m512i low01 = _mm512_unpacklo_epi32(z[0], z[1]), high01 = _mm512_unpackhi_epi32(z[0], z[1]);
+    __m512i low23 = _mm512_unpacklo_epi32(z[2], z[3]), high23 = _mm512_unpackhi_epi32(z[2], z[3]);
+    out[0] = _mm512_unpacklo_epi64(low01, low23);
+    out[1] = _mm512_unpackhi_epi64(low01, low23);
+    out[2] = _mm512_unpacklo_epi64(high01, high23);
+    out[3] = _mm512_unpackhi_epi64(high01, high23);
+}
+
+// Sixteen words of each row, which are read once: rows that lie multiples of 1 kB apart push each other out of L1.
+template <class Row>
+static inline void sixteen_words(const Row& row, i64 offset, __m512i* out) {
     __m512i r[16], t[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows[i]);
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(row(i) + offset);
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < 16; i += 4)
 #pragma GCC unroll 2
         for (int h = 0; h < 2; ++h) {
@@ -39,10 +60,21 @@ static inline void transpose(const char* const* rows, char* out, i64 apart) {
     for (int c = 0; c < 4; ++c) {
         __m512i low01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88), high01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
         __m512i low23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88), high23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
-        _mm512_storeu_si512(out + c * apart, _mm512_shuffle_i32x4(low01, low23, 0x88));
-        _mm512_storeu_si512(out + (4 + c) * apart, _mm512_shuffle_i32x4(high01, high23, 0x88));
-        _mm512_storeu_si512(out + (8 + c) * apart, _mm512_shuffle_i32x4(low01, low23, 0xdd));
-        _mm512_storeu_si512(out + (12 + c) * apart, _mm512_shuffle_i32x4(high01, high23, 0xdd));
+        out[c] = _mm512_shuffle_i32x4(low01, low23, 0x88);
+        out[4 + c] = _mm512_shuffle_i32x4(high01, high23, 0x88);
+        out[8 + c] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
+        out[12 + c] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
+    }
+}
+#endif
+
+// 32-bit words of kLanes rows, kLanes from each: the first of all rows, the second of all, `apart` bytes between.
+static inline void transpose(const char* const* rows, char* out, i64 apart) {
+#if defined(__AVX512F__)
+    for (i64 s = 0; s < 16; s += 4) {
+        __m512i words[4];
+        four_words([&](int i) { return rows[i]; }, 4 * s, words);
+        for (int c = 0; c < 4; ++c) _mm512_storeu_si512(out + (s + c) * apart, words[c]);
     }
 #elif defined(__AVX2__)
     __m256 r[8], t[8];
@@ -84,7 +116,7 @@ template <class P>
 struct Dense {
     using E = typename P::E;
     const Product& p;
-    i64 chunk, rows;  // of k; of y, for a task
+    i64 chunk, rows;  // of k; of y for a task (few rows: of b)
     const E* a;       // a[i, step s] at a_row * i + a_step * s
     i64 a_row, a_step;
     E* laid_out;
@@ -181,7 +213,30 @@ struct Dense {
         }
     }
 
-    // R rows from i on, J vectors from column j on, one chunk. c: unfinished sums.
+    // R rows from i on, J vectors from column j on.
+    template <int R, int J>
+    void finish(const Vec (&acc)[R][J], i64 i, i64 j) const {
+        with_type(p.y_type, [&]<Float T>() {
+            for (int v = 0; v < J; ++v) {
+                i64 first = j + v * kLanes, n = least(kLanes, p.n - first);
+                Vec bias = p.bias ? load_up_to<Float::f32>(p.bias, first, n) : Vec{};
+                for (int r = 0; r < R; ++r) {
+                    Vec sum = acc[r][v] * p.scale + bias;
+                    i64 to = (i + r) * p.y_row + first * p.y_column;
+                    if (p.y_column == 1) {
+                        store_up_to<T>(p.y, to, n, p.add ? load_up_to<T>(p.y, to, n) + sum : sum);
+                    } else {
+                        float lanes[kLanes];
+                        store<Float::f32>(lanes, 0, sum);
+                        for (i64 l = 0; l < n; ++l, to += p.y_column)
+                            store_one(p.y, to, T, p.add ? load_one(p.y, to, T) + lanes[l] : lanes[l]);
+                    }
+                }
+            }
+        });
+    }
+
+    // The same rows and columns, one chunk. c: unfinished sums.
     template <int R, int J>
     void tile(i64 i, i64 j, i64 k0, i64 count, const E* panel, float* c) const {
         Vec acc[R][J];
@@ -202,25 +257,52 @@ struct Dense {
                 for (int v = 0; v < J; ++v) store<Float::f32>(c, (r * J + v) * kLanes, acc[r][v]);
             return;
         }
-        with_type(p.y_type, [&]<Float T>() {
-            for (int v = 0; v < J; ++v) {
-                i64 first = j + v * kLanes, n = least(kLanes, p.n - first);
-                Vec bias = p.bias ? load_up_to<Float::f32>(p.bias, first, n) : Vec{};
-                for (int r = 0; r < R; ++r) {
-                    Vec sum = acc[r][v] * p.scale + bias;
-                    i64 to = (i + r) * p.y_row + first * p.y_column;
-                    if (p.y_column == 1) {
-                        store_up_to<T>(p.y, to, n, p.add ? load_up_to<T>(p.y, to, n) + sum : sum);
-                    } else {
-                        float lanes[kLanes];
-                        store<Float::f32>(lanes, 0, sum);
-                        for (i64 l = 0; l < n; ++l, to += p.y_column)
-                            store_one(p.y, to, T, p.add ? load_one(p.y, to, T) + lanes[l] : lanes[l]);
-                    }
-                }
-            }
-        });
+        finish<R, J>(acc, i, j);
     }
+
+#if defined(__AVX512F__)
+    static constexpr i64 kFewVectors = 2;
+
+    // Few rows of a: b is put in order on the way, `Words` at a time; nothing of it is stored. Columns in whole vectors.
+    template <int R, int Words>
+    void few(i64 i, i64 j) const {
+        Vec acc[R][kFewVectors];
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < kFewVectors; ++v) acc[r][v] = Vec{};
+        const i64 row = p.b_row * static_cast<i64>(sizeof(E)), steps = p.k / P::kPer;
+        const char* first = static_cast<const char*>(p.b) + j * row;
+        const E* x = a + i * a_row;
+        for (i64 s = 0; s < steps; s += Words) {
+            // Columns to come, as for NF4: a row alone is too short a stream for the machine to foresee the next.
+            if (s % 16 == 0 && i == 0)
+                for (i64 l = 0; l < kFewVectors * kLanes; ++l) __builtin_prefetch(first + (kFewVectors * kLanes + l) * row + 4 * s, 0, 2);
+#pragma GCC unroll 2
+            for (int v = 0; v < kFewVectors; ++v) {
+                __m512i words[Words];
+                auto of = [&](int l) { return first + (v * kLanes + l) * row; };
+                if constexpr (Words == 4)
+                    four_words(of, 4 * s, words);
+                else
+                    sixteen_words(of, 4 * s, words);
+#pragma GCC unroll 16
+                for (int c = 0; c < Words; ++c)
+#pragma GCC unroll 4
+                    for (int r = 0; r < R; ++r)
+                        acc[r][v] = P::multiply_add(acc[r][v], P::spread(x + r * a_row + (s + c) * P::kPer), typename P::Operand(words[c]));
+            }
+        }
+        finish<R, kFewVectors>(acc, i, j);
+    }
+
+    template <int Words>
+    static void multiply_few(void* job, i64 task) {
+        const Dense& d = *static_cast<Dense*>(job);
+        constexpr int kRows = 4;
+        for (i64 j = task * d.rows; j < least(d.p.n, (task + 1) * d.rows); j += kFewVectors * kLanes)
+            for (i64 i = 0; i < d.p.m; i += kRows)
+                with_number<kRows>(least(kRows, d.p.m - i), [&]<int R>() { d.template few<R, Words>(i, j); });
+    }
+#endif
 
     // A panel for some rows.
     static void multiply(void* job, i64 task) {
@@ -254,6 +336,15 @@ struct Dense {
             a = laid_out, a_row = by_rows ? steps * P::kPer : P::kPer, a_step = by_rows ? P::kPer : p.m * P::kPer;
             run(threads, ceil_div(by_rows ? p.m : steps, kTogether), by_rows ? lay_out_rows : lay_out_steps, this);
         }
+#if defined(__AVX512F__)
+        constexpr i64 kColumns = kFewVectors * kLanes;
+        const bool in_order = p.b_step == 1 && p.b_type == kStored && p.a_type == kStored && a_step == P::kPer;
+        if (p.m <= kFewRows && in_order && p.k % (4 * P::kPer) == 0 && p.n % kColumns == 0) {
+            rows = least(4, ceil_div(p.n / kColumns, 4 * threads)) * kColumns;
+            bool apart = p.b_row * static_cast<i64>(sizeof(E)) % 1024 == 0 && p.k % (16 * P::kPer) == 0;
+            return run(threads, ceil_div(p.n, rows), apart ? multiply_few<16> : multiply_few<4>, this);
+        }
+#endif
         // Some tasks for each thread, so that they can share.
         i64 panels = ceil_div(p.n, kPanel), wanted = ceil_div(4 * threads, panels);
         rows = least(kProductRows, most(8 * kTileRows, ceil_div(ceil_div(p.m, wanted), kTileRows) * kTileRows));

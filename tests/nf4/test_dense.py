@@ -100,3 +100,16 @@ def test_other_dtypes_and_empty_products_go_through_torch() -> None:
     assert torch.equal(dense.product(a, b), a @ b.double().T)
     assert dense.product(torch.ones(0, 5), torch.ones(4, 5)).shape == (0, 4)
     assert torch.equal(dense.product(torch.ones(2, 0), torch.ones(4, 0)), torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("backend", [b for b in kernels.available() if b != "torch"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [64, 1024, 2048])
+def test_few_rows_read_a_contiguous_weight_into_the_same_bits(backend: str, dtype: torch.dtype, k: int) -> None:
+    """Weights whose rows lie whole kilobytes apart are read another way."""
+    x, w = torch.randn((20, k)).to(dtype), torch.randn((96, k)).to(dtype)
+    with kernels.use(backend):
+        y = dense.product(x, w)
+        assert bool(((y.double() - x.double() @ w.double().T).abs() <= 0.02 * k**0.5).all())
+        for count in (1, 2, 3, 4, 5, 8):
+            assert torch.equal(dense.product(x[:count], w), y[:count])
