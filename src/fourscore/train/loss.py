@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourscore.files import FourscoreError
-from fourscore.nf4 import dense
 from fourscore.train.ops import nats_
 
 CHUNK = 256  # positions whose logits exist at one time: 25 MB of bf16 at a vocabulary of 49,152; 128 cost 6% more, 64 twice that
@@ -105,10 +104,10 @@ class _ChunkedNats(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for first in range(0, len(targets), CHUNK):
             rows = slice(first, first + CHUNK)
-            logits = dense.product(hidden[rows], weight, bias=bias)
+            logits = F.linear(hidden[rows], weight, bias)
             total += nats_(logits, targets[rows], gradient is not None).sum()
             if gradient is not None:
-                dense.product(logits, weight.T, gradient[rows])
+                torch.mm(logits, weight, out=gradient[rows])
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
