@@ -22,8 +22,28 @@ struct Attention {
     Float type;
 };
 
+// y[m, n] = scale * a[m, k] b + bias, and `add`: added to what y holds; rounded once. a[i, s] lies at a_row * i + a_step * s, b as the
+// weight of a linear layer: b[j, s] at b_row * j + b_step * s, y[i, j] at y_row * i + y_column * j. One of a's strides is 1, and
+// one of b's. b is rounded to a's type. bias: f32 [n], or null.
+struct Product {
+    std::int64_t m, n, k;
+    const void* a;
+    std::int64_t a_row, a_step;
+    Float a_type;
+    const void* b;
+    std::int64_t b_row, b_step;
+    Float b_type;
+    void* y;
+    std::int64_t y_row, y_column;
+    Float y_type;
+    float scale;
+    const float* bias;
+    bool add;
+};
+
 struct Operations {
     const char* name;
+    void (*product)(const Product&, int threads);
     // y[n] = silu(gate) * up, rounded once.
     void (*swiglu)(const void* gate, const void* up, Float type, std::int64_t n, void* y, int threads);
     // dgate and dup [n], from dy. Either may be the same memory as any of the inputs.

@@ -58,6 +58,18 @@ void nats(Address logits, int type, i64 rows, i64 n, Address targets, Address lo
                      gradient, threads);
 }
 
+// A matrix as (address, stride of rows, stride of columns, type).
+using Matrix = std::tuple<Address, i64, i64, int>;
+void product(i64 m, i64 n, i64 k, const Matrix& a, const Matrix& b, const Matrix& y, float scale, Address bias, bool add, int threads) {
+    nb::gil_scoped_release unlocked;
+    auto [a_at, a_row, a_step, a_type] = a;
+    auto [b_at, b_row, b_step, b_type] = b;
+    auto [y_at, y_row, y_column, y_type] = y;
+    operations->product({m, n, k, at(a_at), a_row, a_step, static_cast<Float>(a_type), at(b_at), b_row, b_step, static_cast<Float>(b_type), at(y_at),
+                         y_row, y_column, static_cast<Float>(y_type), scale, static_cast<const float*>(at(bias)), add},
+                        threads);
+}
+
 // batch, heads, groups, queries, keys, width
 using Shape = std::tuple<i64, i64, i64, i64, i64, i64>;
 Attention attention_of(const Shape& s, float scale, int type) {
@@ -90,6 +102,7 @@ void choose_operations(const char* name) {
 }
 
 void define_operations(nb::module_& m) {
+    m.def("product", &product);
     m.def("swiglu", &swiglu);
     m.def("swiglu_backward", &swiglu_backward);
     m.def("norm", &norm);

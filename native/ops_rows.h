@@ -66,29 +66,6 @@ void swiglu_backward(const void* dy, const void* gate, const void* up, Float typ
     });
 }
 
-// f(vector, first value) over n values, the last vector cut.
-template <Float T, class Body>
-static inline void each_vector(i64 n, const Body& body) {
-    i64 i = 0;
-    for (; i + kLanes <= n; i += kLanes) body(i, kLanes);
-    if (i < n) body(i, n - i);
-}
-template <Float T>
-static inline Vec load_up_to(const void* p, i64 i, i64 count, float rest = 0) {
-    return count == kLanes ? load<T>(p, i) : load_some<T>(p, i, count, rest);
-}
-template <Float T>
-static inline void store_up_to(void* p, i64 i, i64 count, Vec v) {
-    if (count == kLanes)
-        store<T>(p, i, v);
-    else
-        store_some<T>(p, i, count, v);
-}
-template <Float T>
-static inline Vec round_to(Vec v) {
-    return T == Float::bf16 ? widen(narrow(v)) : v;
-}
-
 void norm(const void* x, const void* weight, Float type, i64 rows, i64 n, float epsilon, void* y, float* scale, int threads) {
     with_type(type, [&]<Float T>() {
         over(rows, most(1, kShare / n), threads_for(rows * n, threads), [&](i64 first, i64 end) {
