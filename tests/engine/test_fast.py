@@ -213,3 +213,13 @@ def test_what_is_not_known_is_named() -> None:
     assert "layer 0's up_proj is a Identity" in str(supported(odd))
     with pytest.raises(FourscoreError, match="the fast path does not run this model: MixtralForCausalLM"):
         FastRunner(build("MixtralForCausalLM"))
+
+
+def test_an_adapter_is_never_left_out_silently() -> None:
+    peft = pytest.importorskip("peft")
+    network = network_of("llama")
+    want = whole(FastRunner(network), random_ids(20))
+    wrapped = peft.get_peft_model(network, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert "carries an adapter" in str(supported(wrapped))
+    wrapped.base_model.disable_adapter_layers()
+    assert torch.equal(whole(FastRunner(wrapped), random_ids(20)), want)

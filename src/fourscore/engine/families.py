@@ -132,6 +132,8 @@ def _describe(network: Any) -> Description:
     if family is None or type(network).__module__ != f"transformers.models.{family.package}.modeling_{family.package}":
         raise _UnsupportedError(f"{name} is not among {', '.join(FAMILIES)}")
     _require(kernels.backend() != "torch", "the kernels are torch's")
+    wrapped = [module for module in network.modules() if hasattr(module, "get_base_layer")]
+    _require(all(w.disable_adapters and not w.merged for w in wrapped), "it carries an adapter, which the fast path does not apply")
     config = network.config
     unknown = config.to_dict().keys() - PreTrainedConfig().to_dict().keys() - COMMON - UNREAD - family.fields
     _require(not unknown, f"its configuration has fields that are not known here: {', '.join(sorted(unknown))}")

@@ -35,7 +35,7 @@ def supported(model: Any) -> str | None:
 
 
 class FastRunner:
-    """Runs one network. Its weights are read where they are, and must not be replaced; PEFT adapters on it are not applied.
+    """Runs one network. Its weights are read where they are, and must not be replaced.
 
     cache_bytes: most memory for the cache (None: no limit). limit: most tokens of a sequence. pages: the cache's pages.
     """
