@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "decoder_module.h"
 #include "nf4.h"
 #include "ops_module.h"
 
@@ -30,6 +31,7 @@ bool choose(const std::string& name) {
         if (name == b->name) {
             backend = b;
             choose_operations(b->name);
+            choose_decoder(*b);
             return true;
         }
     return false;
@@ -79,6 +81,7 @@ NB_MODULE(_native, m) {
     m.doc() = "NF4 kernels; see fourscore.nf4.kernels, which checks what goes in.";
     backend = backends().front();
     choose_operations(backend->name);
+    choose_decoder(*backend);
     m.def("available", &available);
     m.def("backend", [] { return std::string(backend->name); });
     m.def("choose", &choose);
@@ -89,4 +92,5 @@ NB_MODULE(_native, m) {
     m.def("forward", &forward);
     m.def("backward", &backward);
     define_operations(m);
+    define_decoder(m);
 }

@@ -63,8 +63,8 @@ def use(name: str) -> Iterator[None]:
         _backend = _choose(before, "use")
 
 
-def _weight(q: NF4Tensor) -> Any:
-    """The weight as the kernels take it; `q` must outlive it."""
+def addresses(q: NF4Tensor) -> tuple[Any, ...]:
+    """The weight as the kernels take it: where its parts are, and its sizes; `q` must outlive them."""
     nested = q.nested_absmax is not None
     parts = [q.packed, q.absmax, *((q.nested_absmax, q.nested_code) if nested else ())]
     for part in parts:
@@ -74,7 +74,7 @@ def _weight(q: NF4Tensor) -> Any:
     blocks = -(-q.shape[0] * q.shape[1] // q.block_size)
     if q.packed.numel() != (q.shape[0] * q.shape[1] + 1) // 2 or q.absmax.numel() != blocks:
         raise FourscoreError(f"{q.packed.numel()} bytes and {q.absmax.numel()} scales are no weight {list(q.shape)}", where="nf4")
-    return _native.Weight(
+    return (
         q.packed.data_ptr(),
         *q.shape,
         q.block_size,
@@ -85,6 +85,10 @@ def _weight(q: NF4Tensor) -> Any:
         q.nested_offset,
         q.nested_block_size,
     )
+
+
+def _weight(q: NF4Tensor) -> Any:
+    return _native.Weight(*addresses(q))
 
 
 def quantize(flat: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor, int]:
