@@ -1,4 +1,4 @@
-"""LoRA adapters on one network: loaded by name from PEFT folders, one selected at a time.
+"""LoRA adapters on one network: loaded by name from PEFT folders, also later, one selected at a time.
 
 Between calls the network is as it was loaded: with its own adapter when it came with one, else without any.
 """
@@ -32,6 +32,38 @@ class Adapters:
         self._check_kinds()
         self.network: nn.Module = self._peft.get_base_model() if self._peft is not None else network
         self._restore()
+
+    @property
+    def names(self) -> list[str]:
+        """Those that can be selected."""
+        return list(self._peft.peft_config) if self._peft is not None else []
+
+    def add(self, name: str, folder: Path) -> None:
+        """Load one more. Errors leave the network as it was."""
+        known = self.names
+        try:
+            self._load(self.network, name, Path(folder))
+            self._check_kinds()
+        except FourscoreError:
+            if name in self.names and name not in known:
+                self._peft.delete_adapter(name)
+            raise
+        finally:
+            self._restore()
+
+    def remove(self, name: str) -> None:
+        """Forget one; its memory is free. The adapter that the model was loaded with stays."""
+        self.check(name)
+        if name == self._loaded:
+            raise FourscoreError(f"the model was loaded with adapter `{name}`", todo="load the model without it")
+        self._peft.delete_adapter(name)
+        self._restore()
+
+    def check(self, name: str | None) -> None:
+        """An unknown name is a FourscoreError."""
+        if name is not None and name not in self.names:
+            todo = f"known: {', '.join(self.names)}" if self.names else "load it with Engine(model, adapters={name: folder})"
+            raise FourscoreError(f"no adapter named `{name}`", todo=todo)
 
     def _load(self, network: nn.Module, name: str, folder: Path) -> None:
         from peft import PeftModel
@@ -68,10 +100,7 @@ class Adapters:
         if name is None:
             yield
             return
-        known = list(self._peft.peft_config) if self._peft is not None else []
-        if name not in known:
-            todo = f"known: {', '.join(known)}" if known else "load it with Engine(model, adapters={name: folder})"
-            raise FourscoreError(f"no adapter named `{name}`", todo=todo)
+        self.check(name)
         asks_gradient = [(p, p.requires_grad) for p in self._peft.parameters()]  # PEFT's set_adapter changes it
         self._peft.base_model.enable_adapter_layers()
         self._peft.base_model.set_adapter(name, inference_mode=True)

@@ -5,6 +5,9 @@ It works on token ids: what a prompt looks like is the business of `data`, what 
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,10 +18,18 @@ import torch
 from torch import Tensor
 
 from fourscore.engine.adapters import Adapters
-from fourscore.engine.decode import DecodeState, Generation, batches, decode, decode_again, sampler
+from fourscore.engine.answer import Answer, Generation
+from fourscore.engine.decode import DecodeState, batches, decode, decode_again
+from fourscore.engine.grammar import Grammars
+from fourscore.engine.interface import Rows
+from fourscore.engine.loop import Loop, Stats
 from fourscore.engine.packing import packs
 from fourscore.engine.runner import Runner
-from fourscore.engine.trial import caching_fault, packing_fault
+from fourscore.engine.sampling import Sampling
+from fourscore.engine.sequence import Sequence as Queued
+from fourscore.engine.stream import Stream
+from fourscore.engine.transformers_runner import TransformersRunner
+from fourscore.engine.trial import caching_fault, chunking_fault, packing_fault
 from fourscore.files import FourscoreError
 from fourscore.progress import say
 
@@ -26,6 +37,7 @@ if TYPE_CHECKING:
     from fourscore.model import Model
 
 PACK_TOKENS = 256  # attention grows with a pack, the matrix products gain little above this (measured on CPUs, 128 to 1,024)
+CACHE_TOKENS = 16_384  # of all caches together: 0.4 GB for SmolLM2-135M in 16 bits, 0.5 GB for a 1B shape
 ROWS = 64  # logits are turned to f32 this many rows at a time: 12 MB at 49,152 words
 
 Request = tuple[Sequence[int], Sequence[int]]
@@ -45,16 +57,21 @@ class Engine:
         path: Literal["packed", "plain"] = "packed",
         *,
         pack_tokens: int = PACK_TOKENS,
+        cache_tokens: int = CACHE_TOKENS,
     ) -> None:
         if path not in ("packed", "plain"):
             raise FourscoreError(f"no engine path `{path}`", todo="use `packed` or `plain`")
         self.model, self.tokenizer = model, model.tokenizer
         self.adapters = Adapters(model.network, adapters or {})
         self.runner = Runner(self.adapters.network)
-        self.pack_tokens = pack_tokens
+        self.pack_tokens, self.cache_tokens = pack_tokens, cache_tokens
         self.stop_ids = _stop_ids(model)
         self.path: Literal["packed", "plain"] = path
+        self.fast = False
         self._cached: bool | None = None
+        self._grammars = Grammars(self.tokenizer, self.stop_ids, self.runner.vocabulary)
+        self._work, self._making = threading.RLock(), threading.Lock()
+        self._made: Loop | None = None
         if path == "packed":
             with self._running(None):
                 fault = packing_fault(self.runner)
@@ -125,36 +142,38 @@ class Engine:
         An answer stops at the model's own end tokens (its generation config's and the tokenizer's), at `stop_ids`, before one
         of `stop_strings`, or after `max_new_tokens`. A prompt that leaves no room for them is a FourscoreError.
         """
-        if max_new_tokens < 1 or temperature < 0:
-            raise FourscoreError("max_new_tokens must be at least 1 and temperature at least 0")
+        if isinstance(stop_strings, str):
+            raise FourscoreError("stop_strings is a string", todo="give a list of strings")
+        asked = Sampling(
+            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=tuple(stop_strings), stop_ids=tuple(stop_ids or ())
+        )
         for i, prompt in enumerate(prompts):
             if not prompt:
                 raise FourscoreError("an empty prompt", where=f"prompt {i}", todo="begin it with the model's first token")
             self._fits(len(prompt) + max_new_tokens, f"prompt {i}", "shorten it or lower max_new_tokens")
-        stops = self.stop_ids | set(stop_ids or ())
-        pick = sampler(temperature, seed, prompts)
-        results: dict[int, Generation] = {}
-
-        def ended(ids: list[int]) -> bool:
-            return ids[-1] in stops or self._stopped(ids, stop_strings)
-
-        with self._running(adapter):
+        seen: Counter[tuple[int, ...]] = Counter()  # equal prompts are asked again, not copied
+        answers = []
+        for prompt in prompts:
+            answers.append(Answer(prompt, asked, self.stop_ids, self.tokenizer, copy=seen[tuple(prompt)]))
+            seen[tuple(prompt)] += 1
+        if self.fast:
+            self._loop.finish([self._enqueue(p, a, adapter, threaded=False) for p, a in zip(prompts, answers, strict=True)], advance)
+        else:
             for batch in batches(prompts, max_new_tokens, 0 if not self._caches() else self.runner.rope_switch):
-                new = self._decode([list(prompts[i]) for i in batch], max_new_tokens, [partial(pick, i) for i in batch], ended)
-                for i, ids in zip(batch, new, strict=True):
-                    results[i] = self._generation(ids, stops, stop_strings)
+                with self._running(adapter):
+                    self._decode([list(prompts[i]) for i in batch], [answers[i] for i in batch])
                 if advance is not None:
                     advance(len(batch))
-        return [results[i] for i in range(len(prompts))]
+        return [answer.generation() for answer in answers]
 
-    def _decode(
-        self, prompts: list[list[int]], max_new_tokens: int, picks: list[Callable[[Tensor], int]], ended: Callable[[list[int]], bool]
-    ) -> list[list[int]]:
-        switch, longest = self.runner.rope_switch, max(map(len, prompts))
-        crosses = switch is not None and longest <= switch < longest + max_new_tokens  # the cache would be of other frequencies
+    def _decode(self, prompts: list[list[int]], answers: list[Answer]) -> None:
+        switch, longest, most = self.runner.rope_switch, max(map(len, prompts)), answers[0].sampling.max_new_tokens
+        crosses = switch is not None and longest <= switch < longest + most  # the cache would be of other frequencies
         if self._caches() and not crosses:
-            return decode(self.runner, prompts, max_new_tokens, lambda row, logits: picks[row](logits), ended)
-        return [decode_again(self.runner, p, max_new_tokens, pick, ended) for p, pick in zip(prompts, picks, strict=True)]
+            decode(self.runner, prompts, answers)
+        else:
+            for prompt, answer in zip(prompts, answers, strict=True):
+                decode_again(self.runner, prompt, answer)
 
     def _caches(self) -> bool:
         """Whether the network decodes with a cache; tried once, and said where it does not."""
@@ -166,23 +185,68 @@ class Engine:
             self._cached = fault is None
         return self._cached
 
-    def _stopped(self, ids: list[int], stop_strings: Sequence[str]) -> bool:
-        if not stop_strings:
-            return False
-        tail = self.tokenizer.decode(ids[-max(map(len, stop_strings)) - 4 :], skip_special_tokens=True)
-        return any(s in tail for s in stop_strings)
+    def submit(self, ids: Sequence[int], sampling: Sampling | None = None, adapter: str | None = None) -> Stream:
+        """Begin to answer a prompt while others are answered; from any thread. The answer comes through the stream.
 
-    def _generation(self, ids: list[int], stops: set[int], stop_strings: Sequence[str]) -> Generation:
-        stopped = ids[-1] in stops
-        ids = ids[:-1] if stopped else ids
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        ends = [at for s in stop_strings if (at := text.find(s)) >= 0]
-        return Generation(ids, text[: min(ends)] if ends else text, "stop" if stopped or ends else "length")
+        Errors at once: an unknown adapter, a schema that cannot be followed, a prompt that leaves no room for max_new_tokens.
+        """
+        sampling = sampling or Sampling()
+        matcher = None if sampling.schema is None else self._grammars.matcher(sampling.schema)
+        answer = Answer(ids, sampling, self.stop_ids, self.tokenizer, matcher=matcher)
+        return self._enqueue(ids, answer, adapter, threaded=True).stream
+
+    def add_adapter(self, name: str, folder: str | Path) -> None:
+        """Load another adapter, between two steps of what is under way."""
+        with self._loop.work:
+            self.adapters.add(name, Path(folder))
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter: new requests for it are refused at once, those under way are waited for."""
+        self.adapters.check(name)
+        self._loop.drain(name, lambda: self.adapters.remove(name))
+
+    def stats(self) -> Stats:
+        """What runs and waits, the cache, tokens in and out per adapter."""
+        return self._loop.stats()
+
+    def close(self, *, drain: bool = True) -> None:
+        """Refuse new streams, finish those under way (or cancel them: drain=False), and give their memory back."""
+        self._loop.close(drain=drain)
+
+    @property
+    def _loop(self) -> Loop:
+        """Made at the first use: what the network can do is tried then."""
+        with self._making:
+            if self._made is None:
+                caches = self._caches()
+                with self._running(None):
+                    fault = chunking_fault(self.runner) if caches else None
+                runner = TransformersRunner(self.runner, self.adapters, self.cache_tokens, caches=caches, chunks=fault is None)
+                self._made = Loop(runner, self._work, partial(self._running, None))
+            return self._made
+
+    def _enqueue(self, prompt: Sequence[int], answer: Answer, adapter: str | None, *, threaded: bool) -> Queued:
+        loop, most = self._loop, answer.sampling.max_new_tokens
+        if not prompt:
+            raise FourscoreError("an empty prompt", where="the prompt", todo="begin it with the model's first token")
+        self._fits(len(prompt) + most, "the prompt", "shorten it or lower max_new_tokens")
+        if len(prompt) + most + loop.runner.page > loop.runner.limit:
+            raise FourscoreError(
+                f"{len(prompt)} tokens and {most} new ones, and the cache takes {loop.runner.limit}",
+                where="the prompt",
+                todo="shorten it, lower max_new_tokens, or make the engine with more cache_tokens",
+            )
+        self.adapters.check(adapter)
+        return loop.submit(lambda number: Queued(number, prompt, answer, adapter), threaded=threaded)
 
     def prefill(self, prompt: Sequence[int], adapter: str | None = None) -> DecodeState:
         """Compute a prompt and choose the first token (`state.next_id`, the likeliest): what a reader waits for at first."""
         self._fits(len(prompt) + 1, "the prompt", "shorten it")
-        state = DecodeState(list(prompt), -1, adapter, self.runner.new_cache() if self._caches() else None)
+        self.adapters.check(adapter)
+        with self._loop.work:
+            cache = self._loop.runner.new()
+        state = DecodeState(list(prompt), -1, adapter, cache)
+        weakref.finalize(state, self._loop.release, cache)
         return self._advance(state, list(prompt))
 
     def step(self, state: DecodeState) -> int:
@@ -192,16 +256,7 @@ class Engine:
         return self._advance(state, [state.next_id]).next_id
 
     def _advance(self, state: DecodeState, ids: list[int]) -> DecodeState:
-        with self._running(state.adapter):
-            if state.cache is not None and len(state.ids) - 1 == self.runner.rope_switch:
-                state.cache, ids = self.runner.new_cache(), state.ids  # from here on rotary frequencies are others
-            if state.cache is None:
-                logits = self.runner.plain(state.ids, 1)[0].float()
-            else:
-                tokens = torch.tensor([ids], device=self.runner.device)
-                mask = torch.ones(1, len(state.ids), dtype=torch.long, device=self.runner.device)
-                logits = self.runner.extend(tokens, mask, state.cache)[0]
-            state.next_id = int(logits.argmax())
+        state.next_id = int(self._loop.alone(Rows(state.cache, ids, 1, state.adapter))[-1].argmax())
         return state
 
     def _sequence(self, number: int, context: Sequence[int], continuation: Sequence[int]) -> list[int]:
@@ -240,16 +295,17 @@ class Engine:
 
     @contextmanager
     def _running(self, adapter: str | None) -> Iterator[None]:
-        """Evaluation mode, no gradients, this adapter; as it was afterwards."""
-        training = self.runner.network.training
-        if training:  # walks through every module: not for each token of a model that is in evaluation mode anyway
-            self.runner.network.eval()
-        try:
-            with self.adapters.selected(adapter), torch.inference_mode():
-                yield
-        finally:
-            if training:
-                self.runner.network.train()
+        """Nobody else, evaluation mode, no gradients, this adapter; as it was afterwards."""
+        with self._work:
+            training = self.runner.network.training
+            if training:  # walks through every module: not for each token of a model that is in evaluation mode anyway
+                self.runner.network.eval()
+            try:
+                with self.adapters.selected(adapter), torch.inference_mode():
+                    yield
+            finally:
+                if training:
+                    self.runner.network.train()
 
 
 def _pick_out(logits: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

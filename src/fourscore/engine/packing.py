@@ -54,7 +54,7 @@ def packs(sequences: Sequence[Sequence[int]], budget: int, most: int | None = No
         size = len(sequences[order[start]])
         stop = start + 1
         while stop < len(order):
-            shared = _shared(sequences[order[stop - 1]], sequences[order[stop]])
+            shared = shared_beginning(sequences[order[stop - 1]], sequences[order[stop]])
             new = len(sequences[order[stop]]) - shared
             limit = most if shared > new else min(budget, most)
             if size + new > limit and new > 0:
@@ -74,7 +74,7 @@ def _lay_out(sequences: Sequence[Sequence[int]], members: list[int]) -> Pack:
     before: Sequence[int] = ()
     for member in members:
         tokens = sequences[member]
-        shared = _shared(before, tokens)
+        shared = shared_beginning(before, tokens)
         for place in path[shared:]:
             last[place] = len(ids) - 1
         path = path[:shared] + list(range(len(ids), len(ids) + len(tokens) - shared))
@@ -88,7 +88,7 @@ def _lay_out(sequences: Sequence[Sequence[int]], members: list[int]) -> Pack:
     return Pack(ids, positions, last, members, paths)
 
 
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+def shared_beginning(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
     """How many tokens two sequences have in common at their beginning."""
     n = min(len(a), len(b))
     different = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))

@@ -82,6 +82,19 @@ class Runner:
         out = self.network(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **positions, **kept)
         return out.logits[:, -1].float()
 
+    def after(self, ids: list[int], cache: Cache, total: int, keep: int) -> Tensor:
+        """Feed one sequence's next tokens after what its cache holds, `total` tokens then; its last `keep` logits, f32 [keep, vocabulary].
+
+        Unlike in `extend` nothing is padded, so there is no mask either.
+        """
+        rows = max(keep, 1)  # some networks stumble over no logits at all
+        kept = {"logits_to_keep": torch.arange(len(ids) - rows, len(ids), device=self.device)} if self.keeps else {}
+        positions = {"position_ids": torch.arange(total - len(ids), total, device=self.device)[None]} if self.takes_positions else {}
+        mask = torch.ones(1, total, dtype=torch.long, device=self.device)
+        inputs = torch.tensor([ids], device=self.device)
+        out = self.network(input_ids=inputs, attention_mask=mask, past_key_values=cache, use_cache=True, **positions, **kept)
+        return out.logits[0, out.logits.shape[1] - keep :].float()
+
     def _mask(self, pack: Pack) -> Tensor:
         """The pack's mask as added to attention scores: [1, 1, tokens, tokens], 0 or the lowest number of the dtype."""
         dtype = self.dtype

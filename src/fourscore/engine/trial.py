@@ -86,6 +86,22 @@ def caching_fault(runner: Runner) -> str | None:
     return None
 
 
+def chunking_fault(runner: Runner) -> str | None:
+    """Why a sequence must be computed at once, or None when two chunks, the second after a cache, give the plain logits."""
+    if runner.recurrent or runner.rope_switch is not None:
+        return "its state or its rotary frequencies depend on the whole sequence"
+    length = min(TOKENS, runner.limit or TOKENS)
+    tokens = _random(runner, length)
+    cut = length * 2 // 3
+    try:
+        cache = runner.new_cache()
+        got = [runner.after(tokens[:cut], cache, cut, cut), runner.after(tokens[cut:], cache, length, length - cut)]
+        error = _difference(torch.cat(got), runner.plain(tokens, length))
+    except Exception as error_of_network:
+        return f"it takes no tokens after a cache ({type(error_of_network).__name__})"
+    return None if error <= _bound(runner) else f"its logits differ by {error:.1%} after a cache"
+
+
 def _random(runner: Runner, count: int) -> list[int]:
     return torch.randint(0, runner.vocabulary, (count,), generator=torch.Generator().manual_seed(4)).tolist()
 
