@@ -18,7 +18,7 @@ def ask_of(request: ChatRequest, tokenizer: Any) -> Ask:
     """The question that a chat request asks."""
     messages = plain_messages(request.messages)
     tools = () if request.tool_choice == "none" else tuple(request.tools or ())
-    schema = request.response_format.schema_of() if request.response_format else None
+    schema = followed(request.response_format.schema_of() if request.response_format else None)
     if tools:
         check_tools(tokenizer)
         if schema is not None:
@@ -26,6 +26,11 @@ def ask_of(request: ChatRequest, tokenizer: Any) -> Ask:
     sampling = sampled(request) | {"schema": schema, "logprobs": (request.top_logprobs or 0) if request.logprobs else None}
     length = request.max_completion_tokens or request.max_tokens
     return Ask(request.model, lambda tokenizer: chat_ids(tokenizer, messages, tools), messages, sampling, length, True, request.user)
+
+
+def followed(schema: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The schema with compact output asked of the grammar: a small model that may write spaces between tokens writes them for ever."""
+    return None if schema is None else {**schema, "x-guidance": {"whitespace_flexible": False}}
 
 
 def sampled(request: Any) -> dict[str, Any]:
@@ -107,7 +112,8 @@ async def events(request: ChatRequest, answer: Answer, name: str, created: int) 
         } | ({"usage": None} if with_usage else {})
 
     yield chunk({"role": "assistant", "content": "", "refusal": None})
-    held, calls = "", []
+    held = ""
+    calls: list[dict[str, Any]] = []
     async for part in answer.parts():
         text = part.text
         if _may_call(request):

@@ -60,7 +60,9 @@ class Limits:
         account = self._account(key)
         left = None if key.tokens_per_day is None else key.tokens_per_day - account.tokens
         if left is not None and tokens > left:
-            message = f"Rate limit reached: this request may use {tokens} tokens, and {max(left, 0)} of {key.tokens_per_day} a day are left."
+            message = (
+                f"Rate limit reached: this request may use {tokens} tokens, and {max(left, 0)} of {key.tokens_per_day} a day are left."
+            )
             raise self._over(key, f"{message} Lower max_tokens, or wait.", self._till_midnight())
         account.tokens += tokens
         return Reservation(account, account.day, tokens)

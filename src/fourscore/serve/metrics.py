@@ -22,15 +22,25 @@ class Metrics:
         self._registry = CollectorRegistry()
         self.requests = Counter("fourscore_requests", "Requests answered", ["path", "status"], registry=self._registry)
         self.first_token = Histogram(
-            "fourscore_time_to_first_token_seconds", "From taking a request to its first token", ["model"], buckets=FIRST, registry=self._registry
+            "fourscore_time_to_first_token_seconds",
+            "From taking a request to its first token",
+            ["model"],
+            buckets=FIRST,
+            registry=self._registry,
         )
         self.between = Histogram(
-            "fourscore_time_between_tokens_seconds", "From one token of an answer to the next", ["model"], buckets=BETWEEN, registry=self._registry
+            "fourscore_time_between_tokens_seconds",
+            "From one token of an answer to the next",
+            ["model"],
+            buckets=BETWEEN,
+            registry=self._registry,
         )
         self.queued = Histogram(
             "fourscore_queue_seconds", "From taking a request to its first computation", ["model"], buckets=FIRST, registry=self._registry
         )
-        self.tokens = Counter("fourscore_tokens", "Tokens of prompts, of them found in the cache, and of answers", ["model", "kind"], registry=self._registry)
+        self.tokens = Counter(
+            "fourscore_tokens", "Tokens of prompts, of them found in the cache, and of answers", ["model", "kind"], registry=self._registry
+        )
         self.finished = Counter("fourscore_answers", "Answers by how they ended", ["model", "finish"], registry=self._registry)
         self._registry.register(_EngineGauges(engine))
 

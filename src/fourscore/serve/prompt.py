@@ -29,7 +29,11 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
         plain: dict[str, Any] = {"role": role, "content": message.text()}
         if message.tool_calls:
             plain["tool_calls"] = [
-                {"type": "function", "id": call.id, "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)}}
+                {
+                    "type": "function",
+                    "id": call.id,
+                    "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
+                }
                 for call in message.tool_calls
             ]
         if message.tool_call_id is not None:

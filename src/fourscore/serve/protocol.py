@@ -304,9 +304,6 @@ class ResponsesRequest(_Sampled):
 
 def field_names() -> set[str]:
     """Every name that may stand in the path of an error."""
-    names: set[str] = set()
-    for kind in (TextPart, CalledFunction, ToolCall, Message, Function, Tool, JsonSchema, ResponseFormat, StreamOptions, ChatRequest):
-        names |= {field.alias or name for name, field in kind.model_fields.items()}
-    for kind in (CompletionRequest, InputItem, TextFormat, TextSettings, ResponsesRequest):
-        names |= {field.alias or name for name, field in kind.model_fields.items()}
-    return names
+    kinds: list[type[BaseModel]] = [TextPart, CalledFunction, ToolCall, Message, Function, Tool, JsonSchema, ResponseFormat]
+    kinds += [StreamOptions, ChatRequest, CompletionRequest, InputItem, TextFormat, TextSettings, ResponsesRequest]
+    return {field.alias or name for kind in kinds for name, field in kind.model_fields.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
-from fourscore.serve.chat import sampled
+from fourscore.serve.chat import followed, sampled
 from fourscore.serve.prompt import chat_ids
 from fourscore.serve.protocol import ResponsesRequest, content_text
 from fourscore.serve.service import Answer, Ask
@@ -24,7 +24,7 @@ def ask_of(request: ResponsesRequest) -> Ask:
         for item in request.input:
             role = "system" if item.role == "developer" else item.role
             messages.append({"role": role, "content": content_text(item.content)})
-    schema = request.text.format.schema_of() if request.text and request.text.format else None
+    schema = followed(request.text.format.schema_of() if request.text and request.text.format else None)
     sampling = sampled(request) | {"schema": schema}
     return Ask(request.model, lambda t: chat_ids(t, messages), messages, sampling, request.max_output_tokens, True, request.user)
 

@@ -17,6 +17,7 @@ from fourscore.serve.errors import ApiError
 from fourscore.serve.keys import Key, KeyRing
 from fourscore.serve.limits import Limits, Reservation
 from fourscore.serve.metrics import Metrics
+from fourscore.serve.settings import Settings
 from fourscore.serve.source import Served, Source
 
 if TYPE_CHECKING:
@@ -26,23 +27,6 @@ if TYPE_CHECKING:
 
 SENTENCE = re.compile(r"[.!?\n]\s|\n")
 HELD = 200  # characters at most that a guard lets wait for the end of a sentence
-
-
-@dataclass(frozen=True)
-class Settings:
-    """queue: answers under way and waiting. timeout: seconds an answer may take. answer_tokens: longest one where the request says nothing.
-
-    body_bytes: largest request. drain: seconds that answers under way have after SIGTERM. hosts: names this server goes by, besides
-    localhost and addresses. log_text: put questions and answers into the request log.
-    """
-
-    queue: int = 64
-    timeout: float = 600.0
-    answer_tokens: int = 1024
-    body_bytes: int = 4 << 20
-    drain: float = 30.0
-    hosts: tuple[str, ...] = ()
-    log_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +52,9 @@ class Part(NamedTuple):
 class Service:
     """The engine with what stands around it."""
 
-    def __init__(self, engine: Engine, source: Source, settings: Settings, keys: KeyRing | None = None, guards: Sequence[Guard] = ()) -> None:
+    def __init__(
+        self, engine: Engine, source: Source, settings: Settings, keys: KeyRing | None = None, guards: Sequence[Guard] = ()
+    ) -> None:
         self.engine, self.source, self.settings, self.keys, self.guards = engine, source, settings, keys, tuple(guards)
         self.models = {served.id: served for served in source.models}
         self.limits, self.metrics = Limits(), Metrics(engine)
@@ -208,7 +194,8 @@ class Answer:
 
     async def parts(self) -> AsyncIterator[Part]:
         """Text as it may be sent. With guards only what they have looked at: whole sentences. ApiError on a timeout or a failure."""
-        held, found = "", []
+        held = ""
+        found: list[TokenLogprobs] = []
         async for piece in self._pieces():
             held += piece.text
             found += piece.logprobs or ()

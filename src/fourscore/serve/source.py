@@ -127,7 +127,7 @@ def _of_run(run: Path) -> Source:
         faults.append(f"adapter/{WEIGHTS}: {adapter_digest[:12]}, evaluated was {str(shipped.get('adapter_sha256'))[:12]}")
     name, verdict = study.study, report["verdict"]["verdict"]
     tuned = Served(name, name, digest, adapter_digest, not faults, verdict)
-    models = (Served(_name_of(study.model.name), None, digest, None, not faults), tuned)
+    models: tuple[Served, ...] = (Served(_name_of(study.model.name), None, digest, None, not faults), tuned)
     if study.train.init in NEW_BASE:  # its adapter works on what is left of the base, which nobody judged alone
         base, models = _residual(run), (tuned,)
     form = study.model
