@@ -1,4 +1,7 @@
-"""Write docs/study.md from the field descriptions in fourscore.spec. Run it after changing a field."""
+"""Write docs/study.md from the field descriptions in fourscore.spec, and the table of options in docs/serve.md from the command line.
+
+Run it after changing a field or an option of `fourscore serve`.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,32 @@ A study is one YAML file, written before the run. Every field is listed here; a 
 """
 
 
+TABLE = "<!-- the options of `fourscore serve`, made by docs/make_reference.py -->"
+
+
 def reference() -> str:
     """The page, as Markdown."""
     return INTRODUCTION + _section("study.yaml", Study, "")
+
+
+def serve_options() -> str:
+    """The options of `fourscore serve`, as a Markdown table."""
+    from typer.main import get_command
+
+    from fourscore.cli import app
+
+    command = get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    lines = ["| option | default | meaning |", "|---|---|---|"]
+    for option in command.params:
+        if option.param_type_name == "option" and option.name != "help":
+            default = "" if option.default in (None, False, []) else f"`{option.default}`"
+            lines.append(f"| `{option.opts[-1]}` | {default} | {option.help} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_options(text: str) -> str:
+    """docs/serve.md with the table as it is now."""
+    return text.split(TABLE)[0] + TABLE + "\n" + serve_options()
 
 
 def _section(title: str, model: type[BaseModel], prefix: str) -> str:
@@ -60,4 +86,6 @@ def _default_of(field: FieldInfo) -> str:
 
 if __name__ == "__main__":
     Path(__file__).with_name("study.md").write_text(reference(), encoding="utf-8")
-    sys.stdout.write("docs/study.md written\n")
+    page = Path(__file__).with_name("serve.md")
+    page.write_text(with_options(page.read_text(encoding="utf-8")), encoding="utf-8")
+    sys.stdout.write("docs/study.md and docs/serve.md written\n")

@@ -13,7 +13,7 @@ import pytest
 
 from fourscore.files import hash_file
 
-VERBS = ["init", "pull", "check", "plan", "train", "eval", "compare", "gate", "report", "run", "verify"]
+VERBS = ["init", "pull", "check", "plan", "train", "eval", "compare", "gate", "report", "run", "verify", "serve", "key"]
 
 
 def fourscore(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:

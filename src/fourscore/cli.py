@@ -251,6 +251,71 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command()
+def serve(
+    what: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, or a model: a name of the catalog or the hub, a folder.")],
+    adapter: Annotated[list[str] | None, typer.Option("--adapter", help="name=folder, for a model; may be given again.")] = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="Port to listen on; 0 takes a free one.")] = 8000,
+    keys: Annotated[Path | None, typer.Option("--keys", help="The key file; `fourscore key new` makes it.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Serve other machines without keys.")] = False,
+    allow_host: Annotated[list[str] | None, typer.Option("--allow-host", help="A name this server goes by; may be given again.")] = None,
+    queue: Annotated[int, typer.Option("--queue", min=1, help="Answers under way and waiting at once; more get 429.")] = 64,
+    timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds an answer may take.")] = 600.0,
+    answer_tokens: Annotated[int, typer.Option("--answer-tokens", min=1, help="Longest answer where a request says nothing.")] = 1024,
+    body_mb: Annotated[float, typer.Option("--body-mb", min=0.001, help="Largest request, in MiB.")] = 4.0,
+    drain: Annotated[float, typer.Option("--drain", min=0, help="Seconds that answers under way have after SIGTERM.")] = 30.0,
+    log_text: Annotated[bool, typer.Option("--log-text", help="Write questions and answers into the request log.")] = False,
+    unverified: Annotated[bool, typer.Option("--unverified", help="Serve a run although its bytes are not the evaluated ones.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Serve what was measured: OpenAI's protocol and a chat page, on this machine unless told otherwise. The log goes to stdout.
+
+    Example: fourscore serve runs/pilot
+    """
+    _mode(as_json, debug)
+    from fourscore.serve.server import serve as run_server
+    from fourscore.serve.settings import Settings
+    from fourscore.serve.source import adapter_options, find_source
+
+    source = find_source(what, adapter_options(adapter or []), unverified=unverified)
+    settings = Settings(queue, timeout, answer_tokens, int(body_mb * 2**20), drain, tuple(allow_host or ()), log_text)
+    run_server(source, settings, host, port, keys, insecure=insecure, as_json=as_json)
+
+
+@app.command()
+def key(
+    action: Annotated[str, typer.Argument(metavar="ACTION", help="new, list or remove.")],
+    name: Annotated[str | None, typer.Argument(help="Whose key.")] = None,
+    keys: Annotated[Path, typer.Option("--keys", help="The key file.")] = Path("keys.json"),
+    requests_per_minute: Annotated[int | None, typer.Option("--requests-per-minute", help="Limit; empty: none.")] = None,
+    tokens_per_day: Annotated[int | None, typer.Option("--tokens-per-day", help="Limit, prompts and answers; empty: none.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make, list or remove keys of a server. A key is shown once; the file keeps only its hash.
+
+    Example: fourscore key new anna --requests-per-minute 20
+    """
+    _mode(as_json, debug)
+    from fourscore.files import FourscoreError
+    from fourscore.serve.keys import new_key, read_keys, remove_key
+
+    if action == "list" and name is None:
+        found = [vars(k) for k in read_keys(keys)]
+        lines = [f"{k['name']}  {k['created']}  {k['requests_per_minute'] or 'any'} requests/min" for k in found]
+        _print(as_json, found, "\n".join(lines))
+    elif action == "new" and name is not None:
+        secret = new_key(keys, name, requests_per_minute, tokens_per_day)
+        _print(as_json, {"name": name, "key": secret}, secret)
+    elif action == "remove" and name is not None:
+        remove_key(keys, name)
+        _print(as_json, {"removed": name}, f"removed {name}")
+    else:
+        raise FourscoreError(f"cannot do `{action}`", where="key", todo="use `new NAME`, `list` or `remove NAME`")
+
+
 def _mode(as_json: bool, debug: bool) -> None:
     if as_json:
         os.environ["FOURSCORE_QUIET"] = "1"

@@ -48,9 +48,9 @@ class Engine:
     """Runs a model. `model` needs `network` and `tokenizer`; `adapters` are PEFT folders by name.
 
     path: "packed" computes what requests share once and pads nothing; "plain" runs one sequence a forward pass, the other
-    path of the A/A floor. Packed, the networks that the native runner knows run there (`fast`; `native=False` forbids it, and
-    `slow_because` says why another one does not); the others run in transformers' code, and those that cannot be packed there
-    (found by a trial on construction) run plain, and it is said. cache_tokens: of all sequences under way and kept together.
+    path of the A/A floor. native=True: networks that the native runner knows run there (`fast`; `slow_because` says why one does not). It is not the
+    default yet: it takes no adapters, and the arms of a study must run on one path. The others run in transformers' code, and those
+    that cannot be packed there (found by a trial on construction) run plain, and it is said. cache_tokens: of all sequences under way and kept together.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Engine:
         *,
         pack_tokens: int = PACK_TOKENS,
         cache_tokens: int = CACHE_TOKENS,
-        native: bool = True,
+        native: bool = False,
     ) -> None:
         if path not in ("packed", "plain"):
             raise FourscoreError(f"no engine path `{path}`", todo="use `packed` or `plain`")
@@ -227,10 +227,8 @@ class Engine:
             return "it was not asked for"
         if self.adapters.names:
             return "it has adapters"
-        try:
-            from fourscore.engine.fast import supported
-        except ImportError:
-            return "this build has no native runner"
+        from fourscore.engine.fast import supported
+
         return supported(self.model)
 
     @property
