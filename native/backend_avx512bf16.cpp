@@ -37,18 +37,8 @@ struct OneRow {
     }
     static void store_row(const float* v, const float* bias, i64 n, void* out, Float type) { store_rounded(v, bias, n, out, type); }
 
-    // 16 bits hold the codes k = 4j + 1, 4j, 4j + 3, 4j + 2, lowest first; vector r takes those with k = 4j + r.
-    static void decode(const u8* row, __m256i table, Vec* out) {
-        __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row));
-        out[0] = _mm256_permutexvar_epi16(_mm256_srli_epi16(b, 4), table);
-        out[1] = _mm256_permutexvar_epi16(b, table);
-        out[2] = _mm256_permutexvar_epi16(_mm256_srli_epi16(b, 12), table);
-        out[3] = _mm256_permutexvar_epi16(_mm256_srli_epi16(b, 8), table);
-    }
-    // Vector by vector over all rows: only the rows' tables and sums stay in registers, no decoded unit does. (One row of x:
-    // no gain from memory; it keeps decode2.)
+    // Vector by vector over all rows: only the rows' tables and sums stay in registers, no decoded unit does.
     template <int R, int J>
-        requires(R > 1)
     static void multiply(const u8* const* rows, const float* const* scales, i64 u, const E* x, i64 x_stride, Acc (&acc)[R][J]) {
         const __m256 low = _mm256_loadu_ps(kValues), high = _mm256_loadu_ps(kValues + 8);
         Vec table[J];
@@ -59,7 +49,7 @@ struct OneRow {
         }
 #pragma GCC unroll 4
         for (int h = 0; h < 4; ++h) {
-            constexpr int kShift[4] = {4, 0, 12, 8};  // as in decode
+            constexpr int kShift[4] = {4, 0, 12, 8};  // as in Bf16Ops::decode
 #pragma GCC unroll 8
             for (int j = 0; j < J; ++j) {
                 __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[j] + u * 32));
@@ -68,12 +58,6 @@ struct OneRow {
                 for (int i = 0; i < R; ++i) acc[i][j] = fma(acc[i][j], load_x(x + i * x_stride + 16 * h), w);
             }
         }
-    }
-    static void decode2(const u8* const* rows, const float* scale, Float, Vec* first, Vec* second) {
-        __m512 a = _mm512_mul_ps(values(), _mm512_set1_ps(scale[0])), b = _mm512_mul_ps(values(), _mm512_set1_ps(scale[1]));
-        __m512i tables = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
-        decode(rows[0], _mm512_castsi512_si256(tables), first);
-        decode(rows[1], _mm512_extracti64x4_epi64(tables, 1), second);
     }
 };
 

@@ -22,6 +22,9 @@
 namespace fourscore::FOURSCORE_ISA {
 
 constexpr i64 kTileOutputs = 48;  // outputs decoded at a time: x is read from beyond L2 once for each tile
+constexpr i64 kAhead = 16;        // rows of W between what is read and what is fetched
+constexpr i64 kSmallTile = 16384;  // bytes of a tile that stays in L1
+constexpr i64 kSmallBatch = 1 << 18;  // bytes of x that stay in L2 beside it
 constexpr i64 kBlockRows = 512;   // rows of x laid out at a time
 constexpr i64 kBackUnits = 2;     // units of k in a tile of backward: a whole cache line of packed codes
 constexpr i64 kBackSteps = 512;   // steps (kPer rows of W) in a tile of backward
@@ -133,6 +136,22 @@ inline void dot_tile(const typename O::E* x, i64 x_stride, const typename O::E* 
     O::template sums<R, 4>(acc, sums);
 }
 
+// What lies kAhead rows behind the rows at hand, on its way from memory to L2: J units' worth at a time, in the order of memory.
+template <int J>
+inline void fetch_ahead(const Weight& w, i64 n, i64 step) {
+    const u8* p = w.packed + (n + kAhead) * (w.cols / 2) + step * (J * 32);
+#pragma GCC unroll 8
+    for (int line = 0; line < J * 32; line += 64) __builtin_prefetch(p + line, 0, 2);
+}
+
+// The scales of the J rows that lie kAhead rows behind row n.
+template <int J>
+inline void fetch_scales(const Weight& w, i64 n) {
+    i64 per_row = w.cols / w.block, width = w.scales ? sizeof(float) : 1;
+    const char* p = (w.scales ? reinterpret_cast<const char*>(w.scales) : reinterpret_cast<const char*>(w.codes)) + (n + kAhead) * per_row * width;
+    for (i64 line = 0; line < J * per_row * width; line += 64) __builtin_prefetch(p + line, 0, 2);
+}
+
 // The same product for outputs n .. n + J - 1, decoded on the way. Past the last row: the last again, whose sums nobody uses.
 template <class O, int R, int J>
 inline void dot_packed(const Weight& w, Float round, i64 n, const typename O::E* x, i64 x_stride, i64 units, i64 chunk,
@@ -142,6 +161,7 @@ inline void dot_packed(const Weight& w, Float round, i64 n, const typename O::E*
     i64 here = least(J, w.rows - n);
     float* scales = static_cast<float*>(scratch(1, static_cast<std::size_t>(here * units) * sizeof(float)));
     unit_scales<O>(w, n, 0, here * units, scales);  // the rows' units follow each other
+    fetch_scales<J>(w, n);
     const float* scale[J];
     const u8* bytes[J];
     for (int j = 0; j < J; ++j) {
@@ -162,27 +182,27 @@ inline void dot_packed(const Weight& w, Float round, i64 n, const typename O::E*
             }
             if constexpr (requires { O::template multiply<R, J>(bytes, scale, u, xu, x_stride, acc); }) {
                 O::template multiply<R, J>(bytes, scale, u, xu, x_stride, acc);
-                continue;
-            }
-            // A few rows of W at a time, so that additions to one sum do not follow each other.
-            constexpr int kTogether = R == 1 ? 8 : R <= 3 ? 4 : 2;
+            } else {
+                // A few rows of W at a time, so that additions to one sum do not follow each other.
+                constexpr int kTogether = R == 1 ? 8 : R <= 3 ? 4 : 2;
 #pragma GCC unroll 8
-            for (int j0 = 0; j0 < J; j0 += kTogether) {
-                typename O::Vec v[kTogether][kVectors<O>];
+                for (int j0 = 0; j0 < J; j0 += kTogether) {
+                    typename O::Vec v[kTogether][kVectors<O>];
 #pragma GCC unroll 8
-                for (int j = 0; j < kTogether; j += 2) {
-                    const u8* b[2] = {bytes[j0 + j] + u * 32, bytes[j0 + j + 1] + u * 32};
-                    const float s[2] = {scale[j0 + j][u], scale[j0 + j + 1][u]};
-                    O::decode2(b, s, round, v[j], v[j + 1]);
-                }
-#pragma GCC unroll 16
-                for (int h = 0; h < kVectors<O>; ++h)
-#pragma GCC unroll 8
-                    for (int i = 0; i < R; ++i) {
-                        typename O::Vec xv = O::load_x(xu + i * x_stride + h * O::kWidth);
-#pragma GCC unroll 8
-                        for (int j = 0; j < kTogether; ++j) acc[i][j0 + j] = O::fma(acc[i][j0 + j], xv, v[j][h]);
+                    for (int j = 0; j < kTogether; j += 2) {
+                        const u8* b[2] = {bytes[j0 + j] + u * 32, bytes[j0 + j + 1] + u * 32};
+                        const float s[2] = {scale[j0 + j][u], scale[j0 + j + 1][u]};
+                        O::decode2(b, s, round, v[j], v[j + 1]);
                     }
+#pragma GCC unroll 16
+                    for (int h = 0; h < kVectors<O>; ++h)
+#pragma GCC unroll 8
+                        for (int i = 0; i < R; ++i) {
+                            typename O::Vec xv = O::load_x(xu + i * x_stride + h * O::kWidth);
+#pragma GCC unroll 8
+                            for (int j = 0; j < kTogether; ++j) acc[i][j0 + j] = O::fma(acc[i][j0 + j], xv, v[j][h]);
+                        }
+                }
             }
         }
         O::template sums<R, J>(acc, sums);
@@ -218,7 +238,7 @@ struct Forward {
     const float* bias;
     void* y;
     E* laid_out;
-    i64 units, chunk, tile;
+    i64 units, chunk, tile, pass;  // outputs of a task; of these, outputs decoded at a time
 
     Destination destination(i64 row, i64 n, i64 end) const {
         return {at(y, row * w.rows + n, type), w.rows, end - n, bias ? bias + n : nullptr, type};
@@ -242,29 +262,39 @@ struct Forward {
 
     static void many_rows(void* p, i64 task) {
         Forward& f = *static_cast<Forward*>(p);
-        i64 n0 = task * f.tile, end = least(f.w.rows, n0 + f.tile), groups = ceil_div(end - n0, kOutputs);
-        i64 x_stride = f.units * kUnit;
-        E* tile = static_cast<E*>(scratch(1, static_cast<std::size_t>(groups * kOutputs * f.chunk * kUnit) * sizeof(E)));
+        i64 end = least(f.w.rows, (task + 1) * f.tile);
+        for (i64 n = task * f.tile; n < end; n += f.pass) f.decoded_tile(n, least(end, n + f.pass));
+    }
+
+    void decoded_tile(i64 n0, i64 end) const {
+        i64 groups = ceil_div(end - n0, kOutputs), x_stride = units * kUnit;
+        // As few groups of rows as registers allow, of even size: a small one would not hide its loads.
+        i64 row_groups = ceil_div(rows, O::kRows), size = rows / row_groups, larger = rows % row_groups;
+        E* decoded = static_cast<E*>(scratch(1, static_cast<std::size_t>(groups * kOutputs * chunk * kUnit) * sizeof(E)));
         // Unfinished sums, as the register tiles leave them.
-        float* c = static_cast<float*>(scratch(2, static_cast<std::size_t>((f.rows + O::kRows) * groups * kOutputs) * sizeof(float)));
-        for (i64 u0 = 0; u0 < f.units; u0 += f.chunk) {
-            i64 count = least(f.chunk, f.units - u0), vectors = count * kVectors<O>;
+        float* c = static_cast<float*>(scratch(2, static_cast<std::size_t>(rows * groups * kOutputs) * sizeof(float)));
+        for (i64 u0 = 0; u0 < units; u0 += chunk) {
+            i64 count = least(chunk, units - u0), vectors = count * kVectors<O>;
             for (i64 g = 0; g < groups; ++g)
                 for (i64 j = 0; j < 4; ++j) {
-                    E* to = tile + (g * 4 + j) * vectors * O::kWidth;
-                    decode_units<O>(f.w, n0 + g * kOutputs + j, 4, u0, count, f.type, [&](i64 u, const typename O::Vec* v) {
+                    E* to = decoded + (g * 4 + j) * vectors * O::kWidth;
+                    decode_units<O>(w, n0 + g * kOutputs + j, 4, u0, count, type, [&](i64 u, const typename O::Vec* v) {
+                        if (pass < kTileOutputs) fetch_ahead<O::kPer>(w, n0 + g * kOutputs, u0 * 4 + j * count + u);
                         for (int h = 0; h < kVectors<O>; ++h) O::store(to + (u * kVectors<O> + h) * O::kWidth, v[h]);
                     });
                 }
-            for (i64 i = 0; i < f.rows; i += O::kRows)
-                with_rows<O::kRows>(least(O::kRows, f.rows - i), [&]<int R>() {
+            for (i64 group = 0, i = 0; group < row_groups; ++group) {
+                i64 here = size + (group < larger);
+                with_rows<O::kRows>(here, [&]<int R>() {
                     for (i64 g = 0; g < groups; ++g) {
                         alignas(64) float sums[R * kOutputs];
-                        dot_tile<O, R>(f.laid_out + i * x_stride + u0 * kUnit, x_stride, tile + g * 4 * vectors * O::kWidth, vectors, sums);
-                        finish<O, R, kOutputs>(sums, c + (i * groups + g * O::kRows) * kOutputs, u0 == 0, u0 + count == f.units,
-                                     f.destination(i, n0 + g * kOutputs, end));
+                        dot_tile<O, R>(laid_out + i * x_stride + u0 * kUnit, x_stride, decoded + g * 4 * vectors * O::kWidth, vectors, sums);
+                        finish<O, R, kOutputs>(sums, c + (i * groups + g * R) * kOutputs, u0 == 0, u0 + count == units,
+                                               destination(i, n0 + g * kOutputs, end));
                     }
                 });
+                i += here;
+            }
         }
     }
 };
@@ -274,11 +304,17 @@ void forward(const Weight& w, const void* x, i64 m, i64 x_stride, Float type, co
     constexpr i64 kOutputs = 4 * O::kPer;
     i64 units = ceil_div(w.cols, kUnit), chunk = ceil_div(units, ceil_div(units, O::kChunkUnits));
     threads = useful_threads(threads, m, w);
-    // Some tiles for each thread, so that they can share; whole register tiles.
-    i64 tile = least(kTileOutputs, most(1, ceil_div(ceil_div(w.rows, kOutputs), 2 * threads)) * kOutputs);
+    // Some tasks for each thread, so that they can share; whole register tiles.
+    i64 groups = ceil_div(w.rows, kOutputs);
+    i64 tile = least(kTileOutputs, most(1, ceil_div(groups, 2 * threads)) * kOutputs);
+    i64 small = most(1, kSmallTile / (kOutputs * chunk * kUnit * static_cast<i64>(sizeof(typename O::E)))) * kOutputs;
     for (i64 m0 = 0; m0 < m; m0 += kBlockRows) {
         i64 rows = least(kBlockRows, m - m0);
-        void* laid_out = scratch(0, static_cast<std::size_t>(rows * units * kUnit) * sizeof(typename O::E));
+        std::size_t bytes = static_cast<std::size_t>(rows * units * kUnit) * sizeof(typename O::E);
+        void* laid_out = scratch(0, bytes);
+        // A small batch is read again for every few outputs, and a weight's rows in order, long enough at a time to be foreseen.
+        bool small_batch = bytes <= kSmallBatch;
+        i64 per_task = small_batch ? most(tile, groups / (8 * threads) * kOutputs) : tile;
         Forward<O> f{w,
                      at(x, m0 * x_stride, type),
                      rows,
@@ -289,10 +325,11 @@ void forward(const Weight& w, const void* x, i64 m, i64 x_stride, Float type, co
                      static_cast<typename O::E*>(laid_out),
                      units,
                      chunk,
-                     tile};
+                     per_task,
+                     small_batch ? small : per_task};
         run(threads, ceil_div(rows, kRowsATask), Forward<O>::lay_out, &f);
         bool few = rows <= O::kFewRows && aligned_units(w);
-        run(threads, ceil_div(w.rows, tile), few ? Forward<O>::few_rows : Forward<O>::many_rows, &f);
+        run(threads, ceil_div(w.rows, per_task), few ? Forward<O>::few_rows : Forward<O>::many_rows, &f);
     }
 }
 
