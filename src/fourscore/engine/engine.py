@@ -47,10 +47,11 @@ Request = tuple[Sequence[int], Sequence[int]]
 class Engine:
     """Runs a model. `model` needs `network` and `tokenizer`; `adapters` are PEFT folders by name.
 
-    path: "packed" computes what requests share once and pads nothing; "plain" runs one sequence a forward pass, the other
-    path of the A/A floor. native=True: networks that the native runner knows run there (`fast`; `slow_because` says why one does not). It is not the
-    default yet: it takes no adapters, and the arms of a study must run on one path. The others run in transformers' code, and those
-    that cannot be packed there (found by a trial on construction) run plain, and it is said. cache_tokens: of all sequences under way and kept together.
+    path: "packed" computes what requests share once and pads nothing; "plain" runs one sequence a forward pass, the other path of
+    the A/A floor. native=True: networks that the native runner knows run there (`fast`; `slow_because` says why one does not). It
+    is not the default yet: it takes no adapters, and the arms of a study must run on one path. The others run in transformers' code,
+    and those that cannot be packed there (found by a trial on construction) run plain, and it is said. cache_tokens: of all
+    sequences under way and kept together.
     """
 
     def __init__(
@@ -206,6 +207,8 @@ class Engine:
 
     def add_adapter(self, name: str, folder: str | Path) -> None:
         """Load another adapter, between two steps of what is under way."""
+        if self.fast:
+            raise FourscoreError("the native runner takes no adapters yet", todo="make the engine without native=True")
         with self._loop.work:
             self.adapters.add(name, Path(folder))
 
