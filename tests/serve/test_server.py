@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import Running, running  # type: ignore[attr-defined]
+from running_server import Running, running
 
 from fourscore.serve.keys import new_key, remove_key
 
