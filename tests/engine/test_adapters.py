@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import random_ids
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 
 from fourscore.engine import Engine
 from fourscore.files import FourscoreError
@@ -20,21 +20,6 @@ REQUESTS = [(random_ids(9), random_ids(4, seed=1)), (random_ids(9), random_ids(3
 @pytest.fixture
 def base(tiny_llama: Path) -> Model:
     return load(str(tiny_llama), weights="f32")
-
-
-@pytest.fixture(scope="module")
-def folders(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two adapters that differ from the base and from each other."""
-    found = {}
-    for seed, name in enumerate(("desk", "till")):
-        network = get_peft_model(load(str(tiny_llama), weights="f32").network, LoraConfig(r=4, target_modules="all-linear"))
-        generator = torch.Generator().manual_seed(seed)
-        for key, parameter in network.named_parameters():
-            if "lora_" in key:
-                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
-        found[name] = tmp_path_factory.mktemp(name)
-        network.save_pretrained(str(found[name]))
-    return found
 
 
 def by_peft(tiny_llama: Path, folder: Path) -> list[float]:

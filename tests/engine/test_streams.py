@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from architectures import PACKED, PLAIN, build, random_ids
-from peft import LoraConfig, get_peft_model
 
 from fourscore.engine import Engine, Sampling, Stream
 from fourscore.engine.scoring import cached_logits
@@ -33,20 +32,6 @@ def read(stream: Stream) -> tuple[list[int], str, str | None]:
 def quiet(engine: Engine, ask: Ask) -> tuple[list[int], str, str | None]:
     """Alone, in an engine that computes nothing else."""
     return read(engine.submit(*ask))
-
-
-@pytest.fixture(scope="module")
-def folders(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {}
-    for seed, name in enumerate(("desk", "till")):
-        network = get_peft_model(load(str(tiny_llama), weights="f32").network, LoraConfig(r=4, target_modules="all-linear"))
-        generator = torch.Generator().manual_seed(seed)
-        for key, parameter in network.named_parameters():
-            if "lora_" in key:
-                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
-        found[name] = tmp_path_factory.mktemp(name)
-        network.save_pretrained(str(found[name]))
-    return found
 
 
 @pytest.fixture
